@@ -1,0 +1,1 @@
+"""The engine: captures, edits, attention, replay sweeps and generation on the user's own module."""

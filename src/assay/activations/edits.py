@@ -1,0 +1,292 @@
+"""Edits: frozen values that say how one site changes.
+
+Every edit names its site first, then its value, then where it applies: `positions` (relative to each prompt; negative
+counts from its end; `"last"`), `rows` of the batch, and `heads` where the site has them. Only `Apply` holds code; all
+others are data.
+
+Shapes: a value must broadcast to what is selected, `[rows, positions, (heads,) features]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from assay.activations.values import Run
+from assay.base.errors import InvalidEdit
+
+Positions = int | str | slice | Sequence[int] | None
+Indices = int | slice | Sequence[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What every edit says: where it applies.
+
+    Args:
+        site: A site name; a head may be its last part.
+        scale: A factor on the value, where the edit has one.
+        positions: None (all), "last", an int, a slice, or a sequence of ints, relative to each prompt.
+        rows: None (all), an int, a slice, or a sequence of ints.
+        heads: None (all), an int, or a sequence of ints.
+    """
+
+    site: str
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """The new value of what was selected.
+
+        Args:
+            x: What is there, `[rows, positions, (heads,) features]`.
+            where: Which rows and columns of the batch these are.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be applied")
+
+
+@dataclass(slots=True, kw_only=True)
+class Where:
+    """Which part of the batch an edit is looking at.
+
+    Args:
+        rows: The base rows selected.
+        columns: Their columns, the same for all of them; None stands for every column.
+        starts: The column of the first real token of each base row.
+        mask: 1 at real tokens among what is selected, `[rows, positions]`, or None when all are.
+        head: The one head selected by an int (its dimension is gone), or None.
+        heads: The heads selected by a sequence, or None.
+        transposed: Whether the site counts heads before positions (patterns and scores).
+    """
+
+    rows: list[int]
+    columns: list[int] | None
+    starts: tuple[int, ...]
+    mask: Tensor | None = None
+    head: int | None = None
+    heads: list[int] | None = None
+    transposed: bool = False
+
+
+def _broadcast(value: Any, x: Tensor, edit: Edit) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    try:
+        return value.to(device=x.device, dtype=x.dtype).expand(x.shape)
+    except RuntimeError:
+        raise InvalidEdit(
+            f"{type(edit).__name__}({edit.site!r}): a value shaped {tuple(value.shape)} does not broadcast to "
+            f"what is selected, {tuple(x.shape)}"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Add(Edit):
+    """Add a vector: `x + scale * value`. Steering is this."""
+
+    value: Tensor | float
+    scale: float = field(default=1.0, kw_only=True)
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """`x + scale * value`."""
+        return x + self.scale * _broadcast(self.value, x, self)
+
+
+@dataclass(frozen=True, slots=True)
+class Set(Edit):
+    """Put a value in place: `scale * value`."""
+
+    value: Tensor | float
+    scale: float = field(default=1.0, kw_only=True)
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """`scale * value`, broadcast."""
+        return torch.zeros_like(x) + self.scale * _broadcast(self.value, x, self)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(Edit):
+    """Multiply: `scale * value * x`."""
+
+    value: Tensor | float
+    scale: float = field(default=1.0, kw_only=True)
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """`scale * value * x`."""
+        return x * _broadcast(self.value, x, self) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp(Edit):
+    """Keep values between `low` and `high`: elementwise, or the component along a direction when a value is given.
+
+    With a direction `v` of any norm and `c = x . v / |v|`: `x + (clamp(c) - c) v / |v|`.
+    """
+
+    value: Tensor | None = None
+    low: float | None = field(default=None, kw_only=True)
+    high: float | None = field(default=None, kw_only=True)
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse a clamp without bounds."""
+        if self.low is None and self.high is None:
+            raise InvalidEdit(f"Clamp({self.site!r}) needs low=, high= or both")
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """Clamp the values or the component."""
+        if self.value is None:
+            return x.clamp(self.low, self.high)
+        unit = _unit_rows(self.value, x, self)[0]
+        component = (x * unit).sum(-1, keepdim=True)
+        return x + (component.clamp(self.low, self.high) - component) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Ablate(Edit):
+    """Replace by something uninformative: zero, the mean over this run's real tokens, or a given tensor."""
+
+    value: Literal["zero", "mean"] | Tensor = "zero"
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind."""
+        if isinstance(self.value, str) and self.value not in ("zero", "mean"):
+            raise InvalidEdit(f"Ablate({self.site!r}): {self.value!r} is not 'zero', 'mean' or a tensor")
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """Zeros, the mean, or the tensor."""
+        if isinstance(self.value, Tensor):
+            return torch.zeros_like(x) + _broadcast(self.value, x, self)
+        if self.value == "zero":
+            return torch.zeros_like(x)
+        if where.mask is None:
+            return x.mean((0, 1), keepdim=True).expand_as(x).clone()
+        weight = where.mask.to(x.dtype).reshape(*where.mask.shape, *[1] * (x.ndim - 2))
+        return ((x * weight).sum((0, 1), keepdim=True) / weight.sum()).expand_as(x).clone()
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectOut(Edit):
+    """Remove the span of the rows of `value`: `x - Q Q' x`, with `Q` an orthonormal basis of it."""
+
+    value: Tensor
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """Remove the span."""
+        basis = _unit_rows(self.value, x, self)
+        return x - (x @ basis.T) @ basis
+
+
+@dataclass(frozen=True, slots=True)
+class Patch(Edit):
+    """Put in what another run had at the same site.
+
+    Args:
+        value: A `Run` that captured the site, or its tensor `[rows, positions, ...]`; one row serves every row.
+        source_positions: Where to read in the source; the same positions as are written when None.
+    """
+
+    value: Run | Tensor
+    source_positions: Positions = field(default=None, kw_only=True)
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """The source's value for these rows and columns."""
+        source, starts = self._source(where)
+        picked = []
+        for row in where.rows:
+            at = row if source.shape[0] > 1 else 0
+            if at >= source.shape[0]:
+                raise InvalidEdit(
+                    f"Patch({self.site!r}): the source has {source.shape[0]} rows, row {row} was asked for"
+                )
+            picked.append(self._columns(source[at], starts[at] if starts else 0, where, row))
+        value = torch.stack(picked)
+        if value.shape != x.shape:
+            raise InvalidEdit(
+                f"Patch({self.site!r}): the source gives {tuple(value.shape)} where {tuple(x.shape)} is selected; "
+                f"prompts of different length need positions= and source_positions="
+            )
+        return value.to(device=x.device, dtype=x.dtype)
+
+    def _source(self, where: Where) -> tuple[Tensor, tuple[int, ...] | None]:
+        """The source as `[rows, positions, (heads,) features]`, heads selected."""
+        if isinstance(self.value, Run):
+            tensor, starts = self.value.whole(self.site), self.value.batch.starts
+        else:
+            tensor, starts = self.value, None
+        tensor = tensor.transpose(1, 2) if where.transposed and tensor.ndim == 4 else tensor
+        if where.head is not None and tensor.ndim == 4:
+            return tensor[:, :, where.head], starts
+        if where.heads is not None:
+            return tensor[:, :, where.heads], starts
+        return tensor, starts
+
+    def _columns(self, row: Tensor, start: int, where: Where, base_row: int) -> Tensor:
+        if self.source_positions is not None:
+            assert isinstance(self.value, Run)
+            columns = self.value.batch.columns(self.source_positions)
+            assert columns is not None
+            return row[columns[base_row if len(columns) > 1 else 0]]
+        if where.columns is None:
+            return row
+        relative = [column - where.starts[base_row] + start for column in where.columns]
+        if max(relative, default=0) >= row.shape[0]:
+            raise InvalidEdit(
+                f"Patch({self.site!r}): the source has {row.shape[0]} positions, position {max(relative)} was asked for"
+            )
+        return row[relative]
+
+
+@dataclass(frozen=True, slots=True)
+class Apply(Edit):
+    """Call a Python function on what is selected. It cannot be sent over the wire."""
+
+    value: Callable[[Tensor], Tensor]
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Indices = field(default=None, kw_only=True)
+    heads: Indices = field(default=None, kw_only=True)
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """`value(x)`, which must keep the shape."""
+        new = self.value(x)
+        if not isinstance(new, Tensor) or new.shape != x.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise InvalidEdit(f"Apply({self.site!r}): the function returned {got} for a tensor shaped {tuple(x.shape)}")
+        return new
+
+
+def _unit_rows(value: Tensor, x: Tensor, edit: Edit) -> Tensor:
+    rows = value.reshape(-1, value.shape[-1]).to(device=x.device, dtype=x.dtype)
+    if rows.shape[-1] != x.shape[-1]:
+        raise InvalidEdit(
+            f"{type(edit).__name__}({edit.site!r}): directions of width {rows.shape[-1]} at a site of width "
+            f"{x.shape[-1]}"
+        )
+    q, r = torch.linalg.qr(rows.T.float())
+    diagonal = torch.diagonal(r)
+    if not bool((diagonal.abs() > 1e-6 * rows.float().norm(dim=1).clamp(min=1e-30)).all()):
+        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): the directions are zero or linearly dependent")
+    signed: Tensor = q * diagonal.sign()
+    return signed.T.to(x.dtype)

@@ -1,0 +1,155 @@
+"""One forward pass with captures, edits and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.activations.apply import Placed, Window
+from assay.activations.context import Request, RunState
+from assay.activations.edits import Edit
+from assay.activations.hooks import running
+from assay.activations.values import Captured, Run, named
+from assay.base.errors import InvalidEdit, SpecError
+from assay.base.sites import Site
+from assay.subjects.model import Model
+from assay.subjects.tokens import Batch
+
+Metric = Callable[[Tensor], Tensor]
+
+
+def plan_requests(model: Model, capture: str | Sequence[str], edits: Sequence[Edit]) -> dict[str, Request]:
+    """Turn captures and edits into one request a site.
+
+    Args:
+        model: The model whose sites they name.
+        capture: Site names and patterns.
+        edits: Edits, in the order they are to be applied at one site.
+
+    Returns:
+        Requests by canonical name of the whole site, edits before captures.
+
+    Raises:
+        UnknownSite: If a name is not a site of this model.
+        InvalidEdit: If something that is not an edit was given as one.
+    """
+    requests: dict[str, Request] = {}
+
+    def request(site: Site) -> Request:
+        whole = site.whole
+        return requests.setdefault(str(whole), Request(whole, model.point(whole)))
+
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise InvalidEdit(f"edits are Add, Set, Scale, Clamp, Ablate, ProjectOut, Patch or Apply, not {edit!r:.80}")
+        site = model.site(edit.site)
+        request(site).edits.append(Placed(edit, site.head))
+    for site in model.expand(capture):
+        request(site).captures.append(site)
+    return requests
+
+
+def call(model: Model, batch: Batch, **options: Any) -> Any:
+    """Call the user's module on a batch, with a cache only if asked."""
+    inputs: dict[str, Any] = batch.forward_inputs()
+    if model.config is None:
+        return model.module(inputs.pop("input_ids"), **inputs)
+    return model.module(**inputs, **{"use_cache": False, **options})
+
+
+def forward(
+    model: Model,
+    batch: Batch,
+    *,
+    capture: str | Sequence[str] = (),
+    edits: Sequence[Edit] = (),
+    grad: Metric | None = None,
+    options: dict[str, Any] | None = None,
+) -> Run:
+    """Run once.
+
+    Args:
+        model: The subject.
+        batch: Its input.
+        capture: Site names and patterns to read, after any edits there.
+        edits: Changes to make.
+        grad: A metric from logits to one value a row; its gradient at every captured site comes back as `run.grad`.
+        options: More keyword arguments for the module.
+
+    Returns:
+        Logits, captured tensors, gradients.
+    """
+    requests = plan_requests(model, capture, edits)
+    state = RunState(requests, Window(batch), keep_graph=grad is not None)
+    with nullcontext() if grad is not None else torch.no_grad(), running(state):
+        if grad is not None:
+            torch.set_grad_enabled(True)
+        handle = _root_gradient(model) if grad is not None else None
+        try:
+            output = call(model, batch, **(options or {}))
+        finally:
+            if handle is not None:
+                handle.remove()
+    state.check_fired()
+    logits = _logits(output)
+    captured = Captured(
+        tensors=state.captured,
+        head_dims={name: request.point.head_dim for name, request in requests.items()},
+        resolve=model.site,
+    )
+    run = Run(logits=named(logits.detach(), ("batch", "pos", "vocab")[: logits.ndim]), batch=batch, captured=captured)
+    return run if grad is None else _with_gradient(run, state, grad, logits)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    value = output[0] if logits is None else logits
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _root_gradient(model: Model) -> Any:
+    """Start the graph at the embedding, so that gradients exist even when no parameter wants one."""
+    if model.architecture is None:
+        return None
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
+        return None if output.requires_grad else output.detach().requires_grad_()
+
+    return model.point(model.site("embed")).module.register_forward_hook(hook, prepend=True)
+
+
+def _with_gradient(run: Run, state: RunState, metric: Metric, logits: Tensor) -> Run:
+    if not state.captured:
+        raise SpecError("grad= needs capture=: the sites at which the gradient is wanted", "grad")
+    value = metric(logits)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise SpecError("the metric must be a tensor computed from the logits it is given", "grad")
+    names = list(state.captured)
+    raws = [state.raws[name] for name in names]
+    found = torch.autograd.grad(value.sum(), raws, allow_unused=True)
+    gradients = {}
+    for name, raw, gradient in zip(names, raws, found, strict=True):
+        site = state_site(name, state)
+        point = state.requests[str(site.whole)].point
+        whole = point.gradient(torch.zeros_like(raw) if gradient is None else gradient)
+        dims = state.captured[name].dims  # type: ignore[attr-defined]
+        part = whole if site.head is None or point.head_dim is None else whole.select(point.head_dim, site.head)
+        gradients[name] = named(part.detach(), dims)
+    return replace(run, grad=replace(run.captured, tensors=gradients, what="differentiated"), value=value.detach())
+
+
+def state_site(name: str, state: RunState) -> Site:
+    """The site a captured name belongs to."""
+    for request in state.requests.values():
+        for site in request.captures:
+            if str(site) == name:
+                return site
+    raise KeyError(name)

@@ -1,0 +1,1 @@
+"""Plain values that every floor stands on: errors, sites, hashing, randomness, statistics, findings, views."""

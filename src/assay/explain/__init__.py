@@ -1,0 +1,1 @@
+"""What composes circuits, directions and controls into answers: the `explain` job."""

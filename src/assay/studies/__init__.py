@@ -1,0 +1,9 @@
+"""Studies: a spec becomes a plan, a run, findings and a report."""
+
+from __future__ import annotations
+
+from assay.studies.events import Event, Watcher
+from assay.studies.registry import find_method, load_methods
+from assay.studies.study import Study
+
+__all__ = ["Event", "Study", "Watcher", "find_method", "load_methods"]

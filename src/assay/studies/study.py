@@ -1,0 +1,149 @@
+"""A study: one method, one model, one spec, one seed, as data. Its hash is its place in the cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from assay.base.errors import SpecError
+from assay.base.hashing import digest, file_sha256
+from assay.base.method import Method, Plan
+from assay.studies.events import Watcher, ignore
+from assay.studies.problems import spec_error
+from assay.studies.registry import find_method
+
+if TYPE_CHECKING:
+    from assay.base.findings import Findings
+
+
+class Study(BaseModel):
+    """One method applied to one model: everything that determines its findings, and nothing else.
+
+    The spec may be given as a mapping or as the method's own pydantic class; it is checked when the study is made.
+
+    Raises:
+        SpecError: The method is unknown, or a field is missing, unknown or not valid. The message names the field.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field(description="The method's name.")
+    model: str = Field(default="", description="Hub id, folder, .gguf file or wheel:<package>.")
+    spec: SerializeAsAny[BaseModel] = Field(description="The method's specification.")
+    seed: int = Field(default=0, ge=0, description="Where every random stream begins.")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise spec_error(error, type(self), where="study") from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_spec(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+            return data
+        method = find_method(data["method"])
+        return {**data, "spec": _typed(method, data.get("spec", {}))}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the spec as JSON values with every file replaced by the hash of its contents.
+
+        A field is a file when its `json_schema_extra` holds `"file": True`.
+
+        Raises:
+            SpecError: A file cannot be read.
+        """
+        identity = self.spec.model_dump(mode="json")
+        for name, field in type(self.spec).model_fields.items():
+            extra = field.json_schema_extra
+            path = getattr(self.spec, name)
+            if not isinstance(extra, dict) or not extra.get("file") or path is None:
+                continue
+            try:
+                identity[name] = {"sha256": file_sha256(Path(path).expanduser())}
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise SpecError(f"{name}: cannot read {str(path)!r}: {reason}", field=name) from error
+        return identity
+
+    def key(self, fingerprint: str) -> str:
+        """Return the hash of method, method version, model fingerprint, spec and seed.
+
+        Args:
+            fingerprint: The model's fingerprint.
+        """
+        return digest(
+            {
+                "kind": "study",
+                "method": self.method,
+                "version": find_method(self.method).version,
+                "fingerprint": fingerprint,
+                "spec": self.identity(),
+                "seed": self.seed,
+            }
+        )
+
+    def plan(self, subject: Any = None, progress: Watcher | None = None) -> Plan:
+        """Return what running the study would do and cost, and what of it is in the cache; runs nothing.
+
+        Args:
+            subject: A loaded subject, when `model` names none.
+            progress: Is told when a model has to be fetched or converted first.
+
+        Raises:
+            LoadError: The model cannot be found.
+            SpecError: The spec does not fit the model.
+        """
+        from assay.studies.run import plan_study
+
+        return plan_study(self, subject, progress or ignore)
+
+    def run(
+        self,
+        subject: Any = None,
+        out: str | Path | None = None,
+        progress: Watcher | None = None,
+        *,
+        cache: bool = True,
+        cancel: threading.Event | None = None,
+    ) -> Findings:
+        """Return the study's findings: from the cache when it was finished before, else by running what is missing.
+
+        Args:
+            subject: A loaded subject; by default the model is loaded when something has to be computed.
+            out: A folder to fill with `report.html`, `findings.jsonl`, `study.json` and `artifacts/`.
+            progress: Receives every `Event`.
+            cache: Whether kept results may answer; new ones are kept either way.
+            cancel: Set it from another thread to stop the run at the next opportunity.
+
+        Raises:
+            Cancelled: `cancel` was set; finished steps are kept.
+            LoadError: The model cannot be loaded.
+            OutputError: The output folder or the cache cannot be written.
+            SpecError: The spec does not fit the model.
+        """
+        from assay.studies.run import execute
+
+        return execute(self, subject=subject, out=out, watcher=progress or ignore, cache=cache, cancel=cancel).findings
+
+
+def _typed(method: Method, given: Any) -> BaseModel:
+    if isinstance(given, method.spec):
+        return given
+    if isinstance(given, BaseModel):
+        raise SpecError(
+            f"{method.name} takes a {method.spec.__name__}, but a {type(given).__name__} was given", field="spec"
+        )
+    if not isinstance(given, Mapping):
+        raise SpecError(
+            f"spec: a mapping or a {method.spec.__name__} is needed, but {type(given).__name__} was given", field="spec"
+        )
+    try:
+        return method.spec.model_validate(dict(given))
+    except ValidationError as error:
+        raise spec_error(error, method.spec, where=method.name) from error

@@ -1,0 +1,1 @@
+"""The model under study: loading it, reading its anatomy, and naming its sites."""

@@ -1,0 +1,134 @@
+"""Load a module and its tokenizer from a source; GGUF files are converted once and kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from assay.base.artifacts import home
+from assay.base.errors import DamagedFile, LoadError, MissingExtra, UnsupportedArchitecture
+from assay.subjects.sources import Notify, Source
+
+
+def load_source(source: Source, notify: Notify | None = None) -> tuple[nn.Module, Any]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        source: A resolved source.
+        notify: Called with a line of text when something slow begins.
+
+    Returns:
+        The module and its tokenizer (None when the folder has none).
+
+    Raises:
+        LoadError: If transformers cannot read the files.
+    """
+    say = notify or (lambda text: None)
+    if source.kind == "gguf" and not source.converted:
+        say(f"converting {source.path.name} (once; about 4 bytes a parameter go into the cache)")
+        convert_gguf(source)
+    say(f"loading {source.ref}")
+    return _load_folder(source.folder, source.ref)
+
+
+def _load_folder(folder: Path, ref: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        try:
+            module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        except (ValueError, KeyError) as error:
+            raise UnsupportedArchitecture(f"transformers does not load {ref!r} as a language model: {error}") from None
+        except Exception as error:
+            raise DamagedFile(f"the weights of {ref!r} could not be read: {type(error).__name__}: {error}") from None
+        return module.eval(), _tokenizer(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def convert_gguf(source: Source) -> Path:
+    """Dequantise a GGUF file into a transformers folder in the cache.
+
+    The weights are the quantised file's values as float32: they are not the original checkpoint's.
+
+    Args:
+        source: A GGUF source.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MissingExtra: If `gguf` or `accelerate` is not installed.
+        DamagedFile: If the file cannot be read.
+    """
+    for package in ("gguf", "accelerate"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingExtra(package, "gguf") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            loaded = AutoModelForCausalLM.from_pretrained(**where)
+        except Exception as error:
+            raise DamagedFile(f"{source.path.name} could not be read: {type(error).__name__}: {error}") from None
+        config = loaded.config
+        for name in ("quantization_config", "_name_or_path"):
+            with contextlib.suppress(AttributeError):
+                delattr(config, name)
+        module = type(loaded)(config)
+        module.load_state_dict(loaded.state_dict())
+        del loaded
+        return _keep(source, module, tokenizer)
+
+
+def _keep(source: Source, module: nn.Module, tokenizer: Any) -> Path:
+    """Write the converted folder beside its place and move it there whole."""
+    models = home() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(dir=models, prefix=".convert-"))
+    try:
+        tokenizer.save_pretrained(stage)
+        module.save_pretrained(stage)  # type: ignore[operator]
+        try:
+            stage.rename(source.folder)
+        except OSError:
+            if not source.converted:
+                raise
+    except OSError as error:
+        raise LoadError(f"the converted model could not be kept in {models}: {error}") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return source.folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and notes off the user's terminal, and put its settings back."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,159 @@
+"""From text to token batches: padding, positions relative to each prompt, and single-token answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.base.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Token ids with, for each row, where its prompt starts and how long it is.
+
+    Args:
+        ids: `[batch, pos]`.
+        starts: The column of each row's first real token (0 unless padded on the left).
+        lengths: The number of real tokens of each row.
+        inputs: Extra keyword arguments for the module's forward.
+    """
+
+    ids: Tensor
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return self.ids.shape[0]
+
+    @property
+    def width(self) -> int:
+        """The number of columns, padding included."""
+        return self.ids.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row is shorter than the batch is wide."""
+        return any(length != self.width for length in self.lengths)
+
+    @property
+    def mask(self) -> Tensor:
+        """1 at real tokens, 0 at padding; `[batch, pos]`."""
+        columns = torch.arange(self.width, device=self.ids.device)[None]
+        starts = torch.tensor(self.starts, device=self.ids.device)[:, None]
+        lengths = torch.tensor(self.lengths, device=self.ids.device)[:, None]
+        return ((columns >= starts) & (columns < starts + lengths)).long()
+
+    def forward_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for a transformers model: mask and positions only where padding makes them matter."""
+        if not self.padded:
+            return {"input_ids": self.ids}
+        mask = self.mask
+        return {
+            "input_ids": self.ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        }
+
+    def columns(self, positions: Any) -> list[list[int]] | None:
+        """Turn prompt-relative positions into columns, one list a row; None stands for every column.
+
+        Args:
+            positions: None (all), "last", an int (negative counts from the row's end), a slice, or a sequence of ints.
+
+        Returns:
+            One list of columns a row.
+
+        Raises:
+            IndexError: If a position lies outside a prompt.
+        """
+        if positions is None:
+            return None
+        return [_row_columns(positions, start, n) for start, n in zip(self.starts, self.lengths, strict=True)]
+
+
+def _row_columns(positions: Any, start: int, length: int) -> list[int]:
+    if isinstance(positions, str):
+        if positions != "last":
+            raise IndexError(f"positions={positions!r}; the only word is 'last'")
+        positions = -1
+    if isinstance(positions, slice):
+        return [start + p for p in range(*positions.indices(length))]
+    many = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+    for p in many:
+        if not -length <= p < length:
+            raise IndexError(f"position {p} is outside a prompt of {length} tokens")
+    return [start + (p % length) for p in many]
+
+
+def from_ids(ids: Tensor, mask: Tensor | None = None) -> Batch:
+    """Wrap token ids; without a mask every column is a real token.
+
+    Args:
+        ids: `[batch, pos]` or `[pos]`, integers.
+        mask: `[batch, pos]`, 1 at real tokens; each row's ones must be contiguous.
+
+    Raises:
+        SpecError: If the ids are empty, not integers, or the mask has holes.
+    """
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise SpecError(f"token ids must be integers shaped [batch, pos] and not empty, not {tuple(ids.shape)}")
+    if mask is None:
+        return Batch(ids=ids, starts=(0,) * len(ids), lengths=(ids.shape[1],) * len(ids))
+    if mask.shape != ids.shape:
+        raise SpecError(f"the mask is shaped {tuple(mask.shape)}, the ids {tuple(ids.shape)}")
+    real = mask.bool()
+    starts = real.int().argmax(1)
+    lengths = real.sum(1)
+    batch = Batch(ids=ids, starts=tuple(starts.tolist()), lengths=tuple(lengths.tolist()))
+    if bool((lengths == 0).any()) or not torch.equal(batch.mask.bool(), real):
+        raise SpecError("each row of a mask must be one unbroken run of real tokens")
+    return batch
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Token ids of one text, with the special tokens the tokenizer adds (or without)."""
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
+def from_texts(tokenizer: Any, texts: Sequence[str], *, side: str = "right", special: bool = True) -> Batch:
+    """Tokenise texts into one batch, padded on one side.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: At least one, none empty.
+        side: `right` or `left`.
+        special: Whether the tokenizer adds its special tokens (BOS and the like).
+
+    Returns:
+        The batch; the pad token's id is immaterial, because padding is masked.
+
+    Raises:
+        SpecError: If there is no text or one gives no tokens.
+    """
+    rows = [encode(tokenizer, text, special=special) for text in texts]
+    if not rows:
+        raise SpecError("no prompt was given")
+    for text, row in zip(texts, rows, strict=True):
+        if not row:
+            raise SpecError(f"the prompt {text!r} has no tokens")
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if getattr(tokenizer, "pad_token_id", None) is not None else 0
+    ids = torch.full((len(rows), width), int(pad))
+    starts = tuple(width - len(row) if side == "left" else 0 for row in rows)
+    for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[i, start : start + len(row)] = torch.tensor(row)
+    return Batch(ids=ids, starts=starts, lengths=tuple(map(len, rows)))
+
+
+def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as text, spaces kept."""
+    return [tokenizer.decode([int(i)]) for i in ids]

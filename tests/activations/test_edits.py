@@ -1,0 +1,199 @@
+"""Writing: edits equal raw-hook edits, keep their laws, and refuse what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import outside, run_with, sites
+from torch import Tensor
+
+import assay
+from assay.base.errors import InvalidEdit
+
+IDS = torch.tensor([[5, 17, 33, 64, 9, 101, 42, 77, 3]])
+SUBJECTS: dict[str, Any] = {}
+"""Filled by a fixture; hypothesis calls a test many times and takes no fixture of its own."""
+
+
+def test_an_edit_at_every_site_equals_a_raw_hook_edit(family: str, tiny_module: Any) -> None:
+    module = tiny_module(family)
+    subject = assay.load(module)
+    by_hand = {**sites(family, 1), **outside(family)}
+    generator = torch.Generator().manual_seed(0)
+    for name, spec in by_hand.items():
+        if name.endswith("resid_mid"):
+            continue  # a raw hook on the norm's input would miss the stream that passes by; its own test is below
+        shape = subject.run(IDS, capture=name)[name].shape[1:]
+        value = torch.randn(shape[-1], generator=generator)
+
+        def change(x: Tensor, value: Tensor = value) -> None:
+            x[:, 3:5] += 2.0 * value
+
+        found = subject.run(IDS, edits=[assay.Add(name, value, scale=2.0, positions=[3, 4])]).logits
+        expected = run_with(module, IDS, spec, change)
+        assert torch.allclose(found, expected, atol=1e-5), name
+        assert not torch.equal(found, subject.run(IDS).logits), f"{name}: the edit did nothing"
+
+
+def test_editing_resid_mid_moves_the_stream_and_what_the_mlp_reads(family: str, tiny_module: Any) -> None:
+    subject = assay.load(tiny_module(family))
+    if not subject.parts.has("resid_mid"):
+        pytest.skip("attention and MLP read the same stream")
+    value = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    mid = subject.run(
+        IDS, edits=[assay.Add("blocks.1.resid_mid", value)], capture=["blocks.1.resid_post", "blocks.1.mlp.out"]
+    )
+    plain = subject.run(IDS, capture="blocks.1.resid_mid")
+    expected = plain["blocks.1.resid_mid"] + value + mid["blocks.1.mlp.out"]
+    assert torch.allclose(mid["blocks.1.resid_post"], expected, atol=1e-5)
+    same = subject.run(IDS, edits=[assay.Add("blocks.1.attn.out", value)])
+    assert torch.allclose(mid.logits, same.logits, atol=1e-4)
+
+
+def test_adding_after_one_block_is_adding_before_the_next(family: str, tiny_module: Any) -> None:
+    subject, value = assay.load(tiny_module(family)), torch.ones(32)
+    after = subject.run(IDS, edits=[assay.Add("blocks.0.resid_post", value)]).logits
+    before = subject.run(IDS, edits=[assay.Add("blocks.1.resid_pre", value)]).logits
+    assert torch.equal(after, before)
+
+
+def test_patterns_and_scores_can_be_edited(family: str, tiny_module: Any) -> None:
+    """A pattern put in place by hand gives z = pattern times values."""
+    subject = assay.load(tiny_module(family))
+    pattern = torch.eye(9).expand(1, 4, 9, 9)
+    run = subject.run(
+        IDS,
+        edits=[assay.Set("blocks.1.attn.pattern", pattern.transpose(1, 2))],
+        capture=["blocks.1.attn.z", "blocks.1.attn.v", "blocks.1.attn.pattern"],
+    )
+    values = run["blocks.1.attn.v"]
+    assert torch.allclose(run["blocks.1.attn.z"], values.repeat_interleave(4 // values.shape[2], 2), atol=1e-5)
+    assert torch.equal(run["blocks.1.attn.pattern"], pattern)
+    blind = subject.run(IDS, edits=[assay.Set("blocks.1.attn.scores", 0.0)], capture="blocks.1.attn.pattern")
+    assert torch.allclose(blind["blocks.1.attn.pattern"], torch.full((1, 4, 9, 9), 1 / 9))
+    untouched = subject.run(IDS, edits=[assay.Scale("blocks.1.attn.pattern", 1.0)]).logits
+    assert torch.allclose(untouched, subject.run(IDS).logits, atol=1e-5)
+
+
+def test_result_edits_add_up_in_the_output(tiny_module: Any) -> None:
+    subject = assay.load(tiny_module("llama"))
+    run = subject.run(IDS, capture=["blocks.1.attn.result", "blocks.1.attn.out"])
+    assert torch.allclose(run["blocks.1.attn.result"].sum(2), run["blocks.1.attn.out"], atol=1e-5)
+    by_result = subject.run(IDS, edits=[assay.Ablate("blocks.1.attn.result.2")]).logits
+    by_z = subject.run(IDS, edits=[assay.Ablate("blocks.1.attn.z.2")]).logits
+    assert torch.allclose(by_result, by_z, atol=1e-5)
+
+
+@given(
+    kind=st.sampled_from(["zero", "mean", "tensor"]),
+    site=st.sampled_from(["blocks.1.resid_post", "blocks.0.attn.z", "blocks.2.mlp.post"]),
+    positions=st.sampled_from([None, "last", 0, [1, 3], slice(2, None)]),
+)
+def test_ablating_twice_is_ablating_once(kind: str, site: str, positions: Any) -> None:
+    subject = SUBJECTS["llama"]
+    value: Any = torch.full((1,), 0.5) if kind == "tensor" else kind
+    edit = assay.Ablate(site, value, positions=positions)
+    once, twice = subject.run(IDS, edits=[edit]).logits, subject.run(IDS, edits=[edit, edit]).logits
+    assert torch.allclose(once, twice, atol=1e-5)
+
+
+@given(k=st.integers(1, 4), seed=st.integers(0, 5))
+def test_projecting_out_is_idempotent_and_leaves_no_component(k: int, seed: int) -> None:
+    subject = SUBJECTS["llama"]
+    directions = torch.randn(k, 32, generator=torch.Generator().manual_seed(seed))
+    edit = assay.ProjectOut("blocks.1.resid_post", directions)
+    run = subject.run(IDS, edits=[edit], capture="blocks.1.resid_post")
+    assert (run["blocks.1.resid_post"] @ directions.T).abs().max() < 1e-4
+    assert torch.allclose(subject.run(IDS, edits=[edit, edit]).logits, run.logits, atol=1e-4)
+
+
+def test_clamp_bounds_values_or_a_component() -> None:
+    subject, v = SUBJECTS["llama"], torch.randn(32, generator=torch.Generator().manual_seed(0))
+    run = subject.run(
+        IDS, edits=[assay.Clamp("blocks.1.resid_post", low=-0.1, high=0.2)], capture="blocks.1.resid_post"
+    )
+    assert float(run["blocks.1.resid_post"].min()) >= -0.1 - 1e-6
+    assert float(run["blocks.1.resid_post"].max()) <= 0.2 + 1e-6
+    edit = assay.Clamp("blocks.1.resid_post", v, low=0.3, high=0.3)
+    clamped = subject.run(IDS, edits=[edit], capture="blocks.1.resid_post")["blocks.1.resid_post"]
+    assert torch.allclose(clamped @ (v / v.norm()), torch.full((1, 9), 0.3), atol=1e-4)
+    plain = subject.run(IDS, capture="blocks.1.resid_post")["blocks.1.resid_post"]
+    rest = (clamped - plain) - ((clamped - plain) @ (v / v.norm()))[..., None] * (v / v.norm())
+    assert rest.abs().max() < 1e-4
+
+
+def test_rows_positions_and_heads_select() -> None:
+    subject, ids = SUBJECTS["llama"], torch.cat([IDS, IDS + 1, IDS + 2])
+    value = torch.ones(8)
+    edit = assay.Add("blocks.1.attn.z", value, rows=[0, 2], positions=[-1, 2], heads=[1, 3])
+    run = subject.run(ids, edits=[edit], capture="blocks.1.attn.z")
+    plain = subject.run(ids, capture="blocks.1.attn.z")
+    moved = run["blocks.1.attn.z"] - plain["blocks.1.attn.z"]
+    expected = torch.zeros(3, 9, 4, 8)
+    for row in (0, 2):
+        for position in (8, 2):
+            for head in (1, 3):
+                expected[row, position, head] = 1
+    assert torch.allclose(moved, expected, atol=1e-6)
+    named = subject.run(ids, edits=[assay.Add("blocks.1.attn.z.3", value, rows=1)], capture="blocks.1.attn.z")
+    kept = subject.run(
+        ids, edits=[assay.Add("blocks.1.attn.z", value, rows=slice(1, 2), heads=3)], capture="blocks.1.attn.z"
+    )
+    assert torch.equal(named.logits, kept.logits)
+
+
+def test_a_patch_from_another_run(family: str, tiny_module: Any) -> None:
+    """Patching the whole stream entering the first block makes this run the other one."""
+    subject, other = assay.load(tiny_module(family)), (IDS + 20) % 128
+    donor = subject.run(other, capture=["blocks.0.resid_pre", "blocks.1.attn.z"])
+    assert torch.allclose(
+        subject.run(IDS, edits=[assay.Patch("blocks.0.resid_pre", donor)]).logits, donor.logits, atol=1e-5
+    )
+    run = subject.run(IDS, edits=[assay.Patch("blocks.1.attn.z.2", donor, positions=4)], capture="blocks.1.attn.z")
+    assert torch.equal(run["blocks.1.attn.z"][:, 4, 2], donor["blocks.1.attn.z"][:, 4, 2])
+    assert not torch.equal(run["blocks.1.attn.z"][:, 4, 1], donor["blocks.1.attn.z"][:, 4, 1])
+
+
+def test_a_patch_between_positions_of_padded_prompts() -> None:
+    subject = SUBJECTS["llama"]
+    donor = subject.run(IDS[:, :4], capture="blocks.1.resid_pre")
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    ids[0], mask[0], ids[1, 3:], mask[1, 3:] = IDS[0], 1, IDS[0, :6], 1
+    edit = assay.Patch("blocks.1.resid_pre", donor, positions=-1, source_positions=1)
+    run = subject.run(ids, mask=mask, edits=[edit], capture="blocks.1.resid_pre")
+    for row in range(2):
+        assert torch.equal(run["blocks.1.resid_pre"][row, -1], donor["blocks.1.resid_pre"][0, 1])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    subject = SUBJECTS["llama"]
+    cases: list[tuple[Any, str]] = [
+        (assay.Add("blocks.1.resid_post", torch.ones(31)), r"\(31,\) does not broadcast"),
+        (assay.Add("blocks.1.resid_post", 1.0, positions=9), "position 9 is outside a prompt of 9 tokens"),
+        (assay.Add("blocks.1.resid_post", 1.0, positions="first"), "the only word is 'last'"),
+        (assay.Add("blocks.1.resid_post", 1.0, rows=1), r"rows=1"),
+        (assay.Add("blocks.1.resid_post", 1.0, heads=1), "has no heads"),
+        (assay.Add("blocks.1.attn.z", 1.0, heads=4), "head 4 of 4"),
+        (assay.Add("blocks.1.attn.z.1", 1.0, heads=2), "names a head already"),
+        (assay.ProjectOut("blocks.1.resid_post", torch.zeros(32)), "zero or linearly dependent"),
+        (assay.ProjectOut("blocks.1.resid_post", torch.ones(8)), "width 8 at a site of width 32"),
+        (assay.Apply("blocks.1.resid_post", lambda x: x[:, 1:]), "the function returned"),
+        (assay.Add("blocks.1.norm1.scale", 1.0), "can be captured, not edited"),
+    ]
+    for edit, message in cases:
+        with pytest.raises(InvalidEdit, match=message):
+            subject.run(IDS, edits=[edit])
+    short = subject.run(IDS[:, :5], capture="blocks.1.resid_pre")
+    with pytest.raises(InvalidEdit, match="source"):
+        subject.run(IDS, edits=[assay.Patch("blocks.1.resid_pre", short)])
+    with pytest.raises(InvalidEdit, match="low="):
+        assay.Clamp("blocks.1.resid_post")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _subjects(tiny_module: Any) -> None:
+    SUBJECTS["llama"] = assay.load(tiny_module("llama"))

@@ -2,7 +2,9 @@
 
 The blocks of one page share their names and run in order, as a reader would type them. A block that needs more says so:
 `<!-- real-model -->` on the line before its fence (or `.slow` in the info string) makes the page run once more, whole,
-under the marker of that name. Blocks of another language (`text`, `console`, `json`, ...) are not run.
+under the marker of that name. A block with a title, `python title="name.py"`, is written to the file of that name
+beside the page instead, for later blocks to import. Blocks of another language (`text`, `console`, `json`, ...) are
+not run.
 
 An example in a docstring finds `subject` there: a GPT-2 of six blocks with random weights, and a tokenizer.
 """
@@ -11,15 +13,31 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import doctest
 import importlib
 import io
+import itertools
+import json
 import linecache
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import assay
+from assay.base.method import _METHODS
+from assay.base.sites import BLOCK_POINTS, GLOBAL_POINTS, parse_site
+from assay.cli.commands import Common
+from assay.explain.inputs import read_inputs
+from assay.explain.spec import ExplainSpec
+from assay.studies import load_methods
+from assay.subjects.words import ModelText
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("README.md"), *(ROOT / "docs").rglob("*.md")])
@@ -29,10 +47,11 @@ FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A fenced block: its language, the marker it needs ("" for none), its first line (from 1) and its text."""
+    """A fenced block: its language, the marker it needs and its title ("" for none), its first line, and its text."""
 
     language: str
     needs: str
+    title: str
     line: int
     text: str
 
@@ -54,7 +73,9 @@ def blocks(text: str) -> list[Block]:
         elif fence and not fence["info"].strip() and fence["marks"].startswith(opened["marks"]):
             info = re.findall(r"[\w-]+", opened["info"]) or [""]
             needs = "real_model" if before == "<!-- real-model -->" else "slow" if ".slow" in opened["info"] else ""
-            found.append(Block(language=info[0], needs=needs, line=start, text="\n".join(body)))
+            named = re.search(r"""title=["']([^"']+)["']""", opened["info"])
+            title = named[1] if named else ""
+            found.append(Block(language=info[0], needs=needs, title=title, line=start, text="\n".join(body)))
             opened, before = None, ""
         else:
             body.append(line.removeprefix(opened["indent"]))
@@ -71,6 +92,9 @@ def run(page: Path, chosen: list[Block]) -> None:
     """Run blocks in one namespace; a traceback points at the page's own file and line."""
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in chosen:
+        if block.title.endswith(".py"):
+            Path(block.title).write_text(block.text, encoding="utf-8")
+            continue
         tree = ast.increment_lineno(ast.parse(block.text, filename=str(page)), block.line - 1)
         linecache.checkcache(str(page))
         exec(compile(tree, str(page), "exec", dont_inherit=True), namespace)
@@ -91,8 +115,16 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("page", "need"), cases())
 def test_the_blocks_of_a_page_run(page: Path, need: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    load_methods()
+    monkeypatch.setattr("assay.base.method._METHODS", dict(_METHODS))  # a page's methods are forgotten after it
     granted = {"": {""}, "real_model": {"", "real_model"}, "slow": {"", "real_model", "slow"}}[need]
-    run(page, [block for block in python_blocks(page) if block.needs in granted])
+    chosen = [block for block in python_blocks(page) if block.needs in granted]
+    for block in chosen:
+        if block.title.endswith(".py"):  # and so are its modules: undone is what was absent before
+            monkeypatch.setitem(sys.modules, Path(block.title).stem, None)
+            del sys.modules[Path(block.title).stem]
+    run(page, chosen)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT / "src").as_posix())
@@ -108,6 +140,53 @@ def test_the_examples_of_a_module_run(path: Path, request: pytest.FixtureRequest
         for test in found:
             runner.run(test, out=report.write)
     assert not runner.failures, report.getvalue()
+
+
+def table_rows(page: str, under: str) -> list[list[str]]:
+    """The cells of the first table of a page below a line, without its head."""
+    lines = iter((ROOT / page).read_text("utf-8").split(under, maxsplit=1)[1].splitlines())
+    below = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), below))
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[2:]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_table_of_sites_is_the_grammar(family: str, tiny_module: Callable[..., Any]) -> None:
+    rows = table_rows("docs/sites.md", "<!-- checked by tests/test_docs.py -->")
+    assert sorted(row[0].strip("`") for row in rows) == sorted([*GLOBAL_POINTS, *BLOCK_POINTS])
+    subject = assay.load(tiny_module(family))
+    run = subject.run(torch.tensor([[5, 9, 12], [7, 3, 8]]), capture=subject.sites())
+    for site, dims, _, theirs in rows:
+        name, prefix = site.strip("`"), "" if site.strip("`") in GLOBAL_POINTS else "blocks.1."
+        if theirs:
+            assert str(parse_site(prefix + theirs.strip("`"))) == prefix + name
+        if prefix + name in subject.sites():
+            assert ", ".join(run[prefix + name].dims) == dims, name
+
+
+def test_every_option_of_the_command_line_has_its_row() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    shared = [field.name for field in dataclasses.fields(Common)]
+    options = [f"--{name.replace('_', '-')}" for name in [*ExplainSpec.model_fields, *shared] if name != "prompt"]
+    assert [option for option in options if f"| `{option}" not in text] == []
+    assert all(str(field.default) in text for field in ExplainSpec.model_fields.values() if field.annotation is int)
+
+
+def test_the_tree_of_the_readme_is_the_repository() -> None:
+    page = blocks((ROOT / "README.md").read_text("utf-8"))
+    tree = next(block.text for block in page if "src/assay/base/" in block.text)
+    named = {line.split()[0] for line in tree.splitlines()}
+    assert {path for path in named if not (ROOT / path).is_dir()} == set()
+    packages = {f"src/assay/{path.parent.name}/" for path in (ROOT / "src" / "assay").glob("*/__init__.py")}
+    assert packages - named == set()
+
+
+@pytest.mark.real_model
+def test_the_example_variations_fit_the_real_model(real_subject: Any) -> None:
+    file = ROOT / "docs" / "examples" / "ioi-variations.jsonl"
+    first = json.loads(file.read_text("utf-8").splitlines()[0])
+    spec = ExplainSpec(prompt=first["clean"], corrupt=first["corrupt"], vary=file)
+    assert len(read_inputs(ModelText(real_subject), spec).variations) >= 16
 
 
 def test_pages_are_read_as_a_reader_would() -> None:
@@ -142,6 +221,7 @@ def test_pages_are_read_as_a_reader_would() -> None:
         ("text", "", 16),
     ]
     assert blocks(page)[1].text == "y = x"
+    assert [block.title for block in blocks(page)] == ["", "indented", "", "", ""]
 
 
 def test_a_fence_left_open_is_refused() -> None:

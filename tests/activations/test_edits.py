@@ -169,6 +169,40 @@ def test_a_patch_between_positions_of_padded_prompts() -> None:
         assert torch.equal(run["blocks.1.resid_pre"][row, -1], donor["blocks.1.resid_pre"][0, 1])
 
 
+def test_the_mean_is_over_the_whole_run_and_its_real_tokens() -> None:
+    """Positions say where it is put, not what it is the mean of; padding does not count."""
+    subject, site = SUBJECTS["llama"], "blocks.1.resid_post"
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    ids[0], mask[0], ids[1, 3:], mask[1, 3:] = IDS[0], 1, IDS[0, :6], 1
+    plain = subject.run(ids, mask=mask, capture=site)[site]
+    mean = torch.cat([plain[0], plain[1, 3:]]).mean(0)
+    edit = assay.Ablate(site, "mean", positions="last")
+    found = subject.run(ids, mask=mask, edits=[edit], capture=site)[site]
+    assert torch.allclose(found[:, -1], mean.expand(2, 32), atol=1e-6)
+    assert torch.equal(found[:, :-1], plain[:, :-1])
+    cells = [edit, assay.Ablate(site, "mean")]
+    batch = subject.tokens(ids, mask=mask)
+    expected = [subject.run(batch, edits=[cell]).logits[:, -1, 5] for cell in cells]
+    assert torch.allclose(
+        subject.sweep(batch, cells, lambda x: x[:, -1, 5], reduce=None), torch.stack(expected), atol=1e-5
+    )
+
+
+def test_position_embeddings_have_rows_too(tiny_module: Any) -> None:
+    subject, ids = assay.load(tiny_module("gpt2")), torch.cat([IDS, IDS + 1])
+    edit = assay.Add("pos_embed", 1.0, rows=1, positions=2)
+    run = subject.run(ids, edits=[edit], capture=["pos_embed", "blocks.0.resid_pre"])
+    plain = subject.run(ids, capture=["pos_embed", "blocks.0.resid_pre"])
+    moved = run["blocks.0.resid_pre"] - plain["blocks.0.resid_pre"]
+    expected = torch.zeros(2, 9, 32)
+    expected[1, 2] = 1
+    assert run["pos_embed"].shape == (2, 9, 32)
+    assert torch.allclose(moved, expected, atol=1e-6)
+    cells = [edit, assay.Add("pos_embed", 1.0)]
+    by_one = [subject.run(ids, edits=[cell]).logits[:, -1, 5] for cell in cells]
+    assert torch.allclose(subject.sweep(ids, cells, lambda x: x[:, -1, 5], reduce=None), torch.stack(by_one), atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     subject = SUBJECTS["llama"]
     cases: list[tuple[Any, str]] = [
@@ -177,11 +211,15 @@ def test_what_does_not_fit_is_refused() -> None:
         (assay.Add("blocks.1.resid_post", 1.0, positions="first"), "the only word is 'last'"),
         (assay.Add("blocks.1.resid_post", 1.0, rows=1), r"rows=1"),
         (assay.Add("blocks.1.resid_post", 1.0, heads=1), "has no heads"),
-        (assay.Add("blocks.1.attn.z", 1.0, heads=4), "head 4 of 4"),
+        (assay.Add("blocks.1.attn.z", 1.0, heads=4), "heads=4: 4 is outside 0 to 3"),
         (assay.Add("blocks.1.attn.z.1", 1.0, heads=2), "names a head already"),
         (assay.ProjectOut("blocks.1.resid_post", torch.zeros(32)), "zero or linearly dependent"),
         (assay.ProjectOut("blocks.1.resid_post", torch.ones(8)), "width 8 at a site of width 32"),
         (assay.Apply("blocks.1.resid_post", lambda x: x[:, 1:]), "the function returned"),
+        (assay.Add("blocks.1.resid_post", 1.0, positions=slice(10, 20)), "selects no token"),
+        (assay.Add("blocks.1.resid_post", 1.0, positions=[]), "selects no token"),
+        (assay.Clamp("blocks.1.resid_post", torch.randn(2, 32), low=0.0), "one direction, and 2"),
+        (assay.Patch("blocks.1.resid_post", torch.ones(1, 4, 32), positions=2, source_positions=5), "position 5"),
         (assay.Add("blocks.1.norm1.scale", 1.0), "can be captured, not edited"),
     ]
     for edit, message in cases:

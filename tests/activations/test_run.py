@@ -86,9 +86,11 @@ def test_heads_patterns_and_transformer_lens_names(tiny_module: Any) -> None:
         "blocks.1.mlp.hook_pre": "blocks.1.mlp.gate",
         "blocks.1.ln1.hook_scale": "blocks.1.norm1.scale",
         "hook_embed": "embed",
-        "ln_final.hook_normalized": "final_norm",
+        "ln_final.hook_scale": "final_norm.scale",
     }.items():
         assert subject.site(lens) == subject.site(ours)
+    with pytest.raises(UnknownSite, match="before the norm's gain"):
+        subject.site("blocks.1.ln1.hook_normalized")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.activations.edits import Edit, Where
+from assay.activations.edits import Ablate, Edit, Where
 from assay.base.errors import InvalidEdit
 from assay.subjects.points import Point
 from assay.subjects.tokens import Batch
@@ -81,40 +81,31 @@ def apply_edits(x: Tensor, edits: Sequence[Placed], window: Window, point: Point
         InvalidEdit: If positions, rows, heads or values do not fit.
     """
     transposed = point.head_dim == 1
-    y = x.transpose(1, 2) if transposed else x
+    y = origin = x.transpose(1, 2) if transposed else x
     fresh = False
     for placed in edits:
+        heads = _heads(placed, point, y)
+        mean = _mean(origin, placed, window) if isinstance(placed.edit, Ablate) and placed.edit.needs_mean else None
         for rows, base_rows, columns in _groups(placed, window, y):
-            if not fresh and not (rows is None and columns is None and _heads(placed, point) is None):
+            if not fresh and not (rows is None and columns is None and heads is None):
                 y, fresh = y.clone(), True
-            y = _apply_group(y, placed, point, window, (rows, base_rows, columns))
+            where = Where(
+                rows=base_rows,
+                columns=None if columns is None and window.first == 0 else _absolute(columns, window, y),
+                starts=window.batch.starts,
+                mean=mean,
+                head=heads if isinstance(heads, int) else None,
+                heads=heads if isinstance(heads, list) else None,
+                transposed=transposed,
+            )
+            if rows is None and columns is None and heads is None:
+                y = placed.edit.transform(y, where)
+            else:
+                index = _index(y, rows, columns, heads)
+                y[index] = placed.edit.transform(y[index], where)
     if y is x:
         return x
     return y.transpose(1, 2) if transposed else y
-
-
-def _apply_group(y: Tensor, placed: Placed, point: Point, window: Window, group: tuple[Any, list[int], Any]) -> Tensor:
-    rows, base_rows, columns = group
-    heads = _heads(placed, point)
-    where = Where(
-        rows=base_rows,
-        columns=None if columns is None and window.first == 0 else _absolute(columns, window, y),
-        starts=window.batch.starts,
-        mask=_mask(window, base_rows, columns) if window.batch.padded else None,
-        head=heads if isinstance(heads, int) else None,
-        heads=heads if isinstance(heads, list) else None,
-        transposed=point.head_dim == 1,
-    )
-    edit = placed.edit
-    if rows is None and columns is None and heads is None:
-        return edit.transform(y, where)
-    count = y.shape[2] if heads is not None else 0
-    for head in [] if heads is None else [heads] if isinstance(heads, int) else heads:
-        if not 0 <= head < count:
-            raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): head {head} of {count}")
-    index = _index(y, rows, columns, heads)
-    y[index] = edit.transform(y[index], where)
-    return y
 
 
 def _absolute(columns: list[int] | None, window: Window, y: Tensor) -> list[int]:
@@ -122,11 +113,16 @@ def _absolute(columns: list[int] | None, window: Window, y: Tensor) -> list[int]
     return [window.first + column for column in local]
 
 
-def _mask(window: Window, base_rows: list[int], columns: list[int] | None) -> Tensor | None:
-    if window.first or window.width is not None:
-        return None
-    mask = window.batch.mask[base_rows]
-    return mask if columns is None else mask[:, columns]
+def _mean(y: Tensor, placed: Placed, window: Window) -> Tensor:
+    """The mean over all real tokens of the run that the edit belongs to, before edits, `[1, 1, (heads,) features]`."""
+    pairs = placed.rows
+    mine = y if pairs is None else y[[row for row, _ in pairs]]
+    base = list(range(window.batch.size)) if pairs is None else [b for _, b in pairs]
+    if not window.batch.padded:
+        return mine.mean((0, 1), keepdim=True)
+    mask = window.batch.mask[base][:, window.first : window.last].to(mine.dtype)
+    weight = mask.reshape(*mask.shape, *[1] * (mine.ndim - 2))
+    return (mine * weight).sum((0, 1), keepdim=True) / weight.sum()
 
 
 def _index(
@@ -156,9 +152,11 @@ def _groups(placed: Placed, window: Window, y: Tensor) -> list[tuple[list[int] |
         return [(None if rows is None else [r for r, _ in rows], base, columns)]
     try:
         by_row = window.batch.columns(positions)
-    except IndexError as error:
-        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): {error}") from None
+    except (IndexError, TypeError, ValueError) as error:
+        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): positions={positions!r}: {error}") from None
     assert by_row is not None
+    if not any(by_row):
+        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): positions={positions!r} selects no token")
     groups: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
     for row, b in rows if rows is not None else enumerate(range(window.batch.size)):
         local = tuple(c - window.first for c in by_row[b] if low <= c < high)
@@ -179,22 +177,26 @@ def _rows(placed: Placed, window: Window, y: Tensor) -> list[tuple[int, int]] | 
         return pairs
     try:
         keep = set(_integers(wanted, size))
-    except IndexError as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise InvalidEdit(f"{type(placed.edit).__name__}({placed.edit.site!r}): rows={wanted!r}: {error}") from None
     return [pair for pair in pairs if pair[1] in keep]
 
 
-def _heads(placed: Placed, point: Point) -> int | list[int] | None:
-    wanted = getattr(placed.edit, "heads", None)
+def _heads(placed: Placed, point: Point, y: Tensor) -> int | list[int] | None:
+    edit, wanted = placed.edit, getattr(placed.edit, "heads", None)
     if placed.head is not None:
         if wanted is not None:
-            raise InvalidEdit(f"{placed.edit.site!r} names a head already; heads={wanted!r} is one too many")
+            raise InvalidEdit(f"{edit.site!r} names a head already; heads={wanted!r} is one too many")
         return placed.head
     if wanted is None:
         return None
     if point.head_dim is None:
-        raise InvalidEdit(f"{placed.edit.site!r} has no heads, and heads={wanted!r} was given")
-    return int(wanted) if isinstance(wanted, int) else [int(h) for h in wanted]
+        raise InvalidEdit(f"{edit.site!r} has no heads, and heads={wanted!r} was given")
+    try:
+        chosen = _integers(wanted, y.shape[2])
+    except (IndexError, TypeError, ValueError) as error:
+        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): heads={wanted!r}: {error}") from None
+    return chosen[0] if isinstance(wanted, int) else chosen
 
 
 def _integers(selector: Any, size: int) -> list[int]:
@@ -203,5 +205,5 @@ def _integers(selector: Any, size: int) -> list[int]:
     many = [selector] if isinstance(selector, int) else [int(i) for i in selector]
     for i in many:
         if not -size <= i < size:
-            raise IndexError(f"{i} is outside 0..{size - 1}")
+            raise IndexError(f"{i} is outside 0 to {size - 1}")
     return [i % size for i in many]

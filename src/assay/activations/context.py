@@ -44,6 +44,7 @@ class RunState:
         window: Which part of which prompts the current forward covers.
         keep_graph: Keep raw tensors for gradients.
         append: Collect captures of successive forwards (generation) instead of keeping the last.
+        rows: The number of rows of the forward, when it is not that of the window's batch.
         record_attention: Called with each attention module, its keys and its values.
     """
 
@@ -55,6 +56,7 @@ class RunState:
     raws: dict[str, Tensor] = field(default_factory=dict)
     pieces: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    rows: int | None = None
     record_attention: Callable[[nn.Module, Tensor, Tensor], None] | None = None
     by_attention: dict[nn.Module, dict[str, Request]] = field(default_factory=dict)
 
@@ -81,15 +83,22 @@ class RunState:
         point = request.point
         changed = False
         if request.edits:
-            value = point.read(traffic)
+            value = self.rows_of(request, point.read(traffic))
             base = value.clone() if point.in_place else value
             new = apply_edits(base, request.edits, self.window, point)
             if new is not base:
                 point.write(traffic, new)
                 changed = True
         if request.captures:
-            self.keep(request, point.read(traffic), point.raw(traffic))
+            self.keep(request, self.rows_of(request, point.read(traffic)), point.raw(traffic))
         return changed
+
+    def rows_of(self, request: Request, value: Tensor) -> Tensor:
+        """Position embeddings come once for all rows; give each row its own view of them."""
+        rows = self.rows or self.window.batch.size
+        if request.site.point != "pos_embed" or value.shape[0] == rows:
+            return value
+        return value.expand(rows, *value.shape[1:])
 
     def keep(self, request: Request, value: Tensor, raw: Tensor) -> None:
         """Keep a captured value, whole or by head."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from assay.activations.values import Run
 from assay.base.errors import InvalidEdit
+from assay.subjects.tokens import Batch
 
 Positions = int | str | slice | Sequence[int] | None
 Indices = int | slice | Sequence[int] | None
@@ -55,7 +56,7 @@ class Where:
         rows: The base rows selected.
         columns: Their columns, the same for all of them; None stands for every column.
         starts: The column of the first real token of each base row.
-        mask: 1 at real tokens among what is selected, `[rows, positions]`, or None when all are.
+        mean: The mean over all real tokens of the run, `[1, 1, (heads,) features]`, where the edit asked for it.
         head: The one head selected by an int (its dimension is gone), or None.
         heads: The heads selected by a sequence, or None.
         transposed: Whether the site counts heads before positions (patterns and scores).
@@ -64,7 +65,7 @@ class Where:
     rows: list[int]
     columns: list[int] | None
     starts: tuple[int, ...]
-    mask: Tensor | None = None
+    mean: Tensor | None = None
     head: int | None = None
     heads: list[int] | None = None
     transposed: bool = False
@@ -150,14 +151,17 @@ class Clamp(Edit):
         """Clamp the values or the component."""
         if self.value is None:
             return x.clamp(self.low, self.high)
-        unit = _unit_rows(self.value, x, self)[0]
+        rows = _unit_rows(self.value, x, self)
+        if len(rows) != 1:
+            raise InvalidEdit(f"Clamp({self.site!r}) clamps along one direction, and {len(rows)} were given")
+        unit = rows[0]
         component = (x * unit).sum(-1, keepdim=True)
         return x + (component.clamp(self.low, self.high) - component) * unit
 
 
 @dataclass(frozen=True, slots=True)
 class Ablate(Edit):
-    """Replace by something uninformative: zero, the mean over this run's real tokens, or a given tensor."""
+    """Replace by something uninformative: zero, the mean over all of this run's real tokens, or a given tensor."""
 
     value: Literal["zero", "mean"] | Tensor = "zero"
     positions: Positions = field(default=None, kw_only=True)
@@ -175,10 +179,18 @@ class Ablate(Edit):
             return torch.zeros_like(x) + _broadcast(self.value, x, self)
         if self.value == "zero":
             return torch.zeros_like(x)
-        if where.mask is None:
-            return x.mean((0, 1), keepdim=True).expand_as(x).clone()
-        weight = where.mask.to(x.dtype).reshape(*where.mask.shape, *[1] * (x.ndim - 2))
-        return ((x * weight).sum((0, 1), keepdim=True) / weight.sum()).expand_as(x).clone()
+        assert where.mean is not None
+        mean = where.mean
+        if where.head is not None:
+            mean = mean[:, :, where.head]
+        elif where.heads is not None:
+            mean = mean[:, :, where.heads]
+        return mean.expand_as(x).clone()
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether the mean over the whole run has to be known."""
+        return isinstance(self.value, str) and self.value == "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +257,7 @@ class Patch(Edit):
 
     def _columns(self, row: Tensor, start: int, where: Where, base_row: int) -> Tensor:
         if self.source_positions is not None:
-            assert isinstance(self.value, Run)
-            columns = self.value.batch.columns(self.source_positions)
-            assert columns is not None
-            return row[columns[base_row if len(columns) > 1 else 0]]
+            return row[self._source_columns(row, base_row)]
         if where.columns is None:
             return row
         relative = [column - where.starts[base_row] + start for column in where.columns]
@@ -257,6 +266,18 @@ class Patch(Edit):
                 f"Patch({self.site!r}): the source has {row.shape[0]} positions, position {max(relative)} was asked for"
             )
         return row[relative]
+
+    def _source_columns(self, row: Tensor, base_row: int) -> list[int]:
+        if isinstance(self.value, Run):
+            batch = self.value.batch
+        else:
+            batch = Batch(ids=row.new_zeros(1, row.shape[0]), starts=(0,), lengths=(row.shape[0],))
+        try:
+            columns = batch.columns(self.source_positions)
+        except IndexError as error:
+            raise InvalidEdit(f"Patch({self.site!r}): source_positions: {error}") from None
+        assert columns is not None
+        return columns[base_row if len(columns) > 1 else 0]
 
 
 @dataclass(frozen=True, slots=True)

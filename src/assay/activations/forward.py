@@ -131,6 +131,8 @@ def _with_gradient(run: Run, state: RunState, metric: Metric, logits: Tensor) ->
         raise SpecError("grad= needs capture=: the sites at which the gradient is wanted", "grad")
     value = metric(logits)
     if not isinstance(value, Tensor) or not value.requires_grad:
+        if not logits.requires_grad:
+            raise SpecError("no parameter of this module wants a gradient, so none reaches its output", "grad")
         raise SpecError("the metric must be a tensor computed from the logits it is given", "grad")
     names = list(state.captured)
     raws = [state.raws[name] for name in names]

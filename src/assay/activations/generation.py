@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from assay.activations.apply import Window
 from assay.activations.context import RunState, current_run
-from assay.activations.edits import Edit
+from assay.activations.edits import Ablate, Edit
 from assay.activations.forward import plan_requests
 from assay.activations.hooks import running
 from assay.activations.values import Captured, Run, named
@@ -44,6 +44,10 @@ def generate(
         )
     if options.get("num_beams", 1) != 1:
         raise SpecError("edits and captures follow rows, and beam search permutes them: use num_beams=1", "num_beams")
+    if any(isinstance(edit, Ablate) and edit.needs_mean for edit in edits):
+        raise SpecError(
+            "Ablate(..., 'mean') needs all of a run's tokens, which generation does not have: give a tensor"
+        )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if options.get(name) is not None:
             raise SpecError(f"{name}= drafts tokens and takes some back; edits and captures cannot follow that", name)

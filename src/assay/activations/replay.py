@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from assay.activations.apply import Placed, Window
 from assay.activations.context import Request, RunState, current_run
-from assay.activations.edits import Apply, Edit
+from assay.activations.edits import Ablate, Apply, Edit
 from assay.activations.forward import call, plan_requests
 from assay.activations.hooks import running
 from assay.activations.lazy import LazyLogits
@@ -201,6 +201,8 @@ class Replay:
 
     def _first_column(self, edit: Edit, point: str) -> int:
         if point in ("attn.scores", "attn.pattern") or isinstance(edit, Apply):
+            return 0
+        if isinstance(edit, Ablate) and edit.needs_mean:
             return 0
         try:
             columns = self.batch.columns(getattr(edit, "positions", None))

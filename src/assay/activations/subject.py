@@ -27,7 +27,7 @@ Prompts = str | Sequence[str] | Tensor | Batch
 class Subject(Model):
     """The model under study. Its module stays the user's own: hooks are there only while a run lasts."""
 
-    def batch(self, x: Prompts, *, mask: Tensor | None = None, padding: str = "right") -> Batch:
+    def batch(self, x: Prompts, *, mask: Tensor | None = None, padding: str = "left") -> Batch:
         """Turn prompts into a batch, unless they are one."""
         return x if isinstance(x, Batch) else self.tokens(x, mask=mask, side=padding)
 
@@ -39,7 +39,7 @@ class Subject(Model):
         grad: Metric | None = None,
         *,
         mask: Tensor | None = None,
-        padding: str = "right",
+        padding: str = "left",
     ) -> Run:
         """Run the model once, reading and changing what was declared.
 

@@ -113,7 +113,7 @@ def full_forwards(
         chunk = left[start : start + per]
         stacked = repeat_batch(batch, len(chunk))
         requests = place(model, [cells[i] for i in chunk], base_edits, batch.size)
-        state = RunState(requests, Window(batch))
+        state = RunState(requests, Window(batch), rows=stacked.size)
         with running(state):
             output = call(model, stacked)
         state.check_fired()

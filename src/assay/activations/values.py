@@ -103,6 +103,11 @@ class Run:
         whole = str(self.captured.resolve(name).whole)
         return self.captured.tensors[whole] if whole in self.captured.tensors else self.captured[name]
 
+    def __repr__(self) -> str:
+        """One line: shapes, not numbers."""
+        captured = ", ".join(list(self.captured)[:3]) + (", ..." if len(self.captured) > 3 else "")
+        return f"<Run logits {tuple(self.logits.shape)}, captured {len(self.captured)}: {captured or 'nothing'}>"
+
     @property
     def tokens(self) -> Tensor:
         """The token ids, `[batch, pos]`."""

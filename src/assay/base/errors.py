@@ -126,7 +126,7 @@ def nearest(given: str, valid: Iterable[str], n: int = 3) -> str:
         `"; did you mean 'a' or 'b'?"`, or an empty string when nothing is close.
 
     Example:
-        >>> nearest("blocks.3.attn.zz", ["blocks.3.attn.z", "blocks.3.mlp.out"])
+        >>> nearest("blocks.3.attn.zz", ["blocks.3.attn.z", "embed"])
         "; did you mean 'blocks.3.attn.z'?"
     """
     close = difflib.get_close_matches(given, list(valid), n=n, cutoff=0.6)

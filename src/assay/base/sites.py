@@ -31,8 +31,8 @@ HEAD_POINTS = frozenset(
 _TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre", "hook_resid_mid": "resid_mid", "hook_resid_post": "resid_post",
     "hook_attn_out": "attn.out", "hook_mlp_out": "mlp.out",
-    "ln1.hook_normalized": "norm1", "ln1.hook_scale": "norm1.scale",
-    "ln2.hook_normalized": "norm2", "ln2.hook_scale": "norm2.scale",
+    "ln1.hook_scale": "norm1.scale",
+    "ln2.hook_scale": "norm2.scale",
     "attn.hook_q": "attn.q", "attn.hook_k": "attn.k", "attn.hook_v": "attn.v",
     "attn.hook_rot_q": "attn.rot_q", "attn.hook_rot_k": "attn.rot_k",
     "attn.hook_attn_scores": "attn.scores", "attn.hook_pattern": "attn.pattern",
@@ -42,7 +42,6 @@ _TRANSFORMER_LENS = {
 _TRANSFORMER_LENS_GLOBAL = {
     "hook_embed": "embed",
     "hook_pos_embed": "pos_embed",
-    "ln_final.hook_normalized": "final_norm",
     "ln_final.hook_scale": "final_norm.scale",
 }
 _BLOCK = re.compile(r"blocks\.(?P<index>\*|-?\d+(?:-\d+)?)\.(?P<rest>.+)")
@@ -174,6 +173,8 @@ def _parse_module(name: str) -> Site:
 
 
 def _suggest(name: str) -> str:
+    if name.endswith("hook_normalized"):
+        return "; TransformerLens reads it before the norm's gain: assay has 'norm1', 'norm2', 'final_norm', after it"
     match = _BLOCK.fullmatch(name)
     prefix = f"blocks.{match['index']}." if match else ""
     valid = [prefix + point for point in BLOCK_POINTS] if match else []

@@ -2,16 +2,16 @@
 
 from assay.circuits.attribution import Attribution, attribute
 from assay.circuits.components import Component, components
-from assay.circuits.contrast import Contrast
 from assay.circuits.patching import Effects, patch_components, patch_grid
 from assay.circuits.sets import SetEffects, ablate_sets
+from assay.circuits.task import Task
 
 __all__ = [
     "Attribution",
     "Component",
-    "Contrast",
     "Effects",
     "SetEffects",
+    "Task",
     "ablate_sets",
     "attribute",
     "components",

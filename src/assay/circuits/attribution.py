@@ -18,8 +18,8 @@ from torch import Tensor
 
 from assay.activations.subject import Subject
 from assay.circuits.components import Component
-from assay.circuits.contrast import Contrast
 from assay.circuits.patching import Direction, component_sites, sides
+from assay.circuits.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,23 +35,23 @@ class Attribution:
     residual: Tensor
 
 
-def attribute(subject: Subject, contrast: Contrast, parts: Sequence[Component], direction: Direction) -> Attribution:
+def attribute(subject: Subject, task: Task, parts: Sequence[Component], direction: Direction) -> Attribution:
     """Estimate the effect of patching every component, and every cell of the residual stream, from one backward.
 
     Args:
         subject: The subject.
-        contrast: The clean and the corrupt input.
+        task: The clean and the corrupt input.
         parts: The heads and MLPs.
         direction: "denoising" or "noising", as in `patch_components`.
 
     Returns:
-        Estimates of `m(patched) - m(base)`, averaged over the contrast's rows.
+        Estimates of `m(patched) - m(base)`, averaged over the task's rows.
     """
     base_side, donor_side = sides(direction)
     stream = [f"blocks.{block}.resid_pre" for block in range(subject.n_blocks)]
     names = [*component_sites(parts), *stream]
-    donor = contrast.run(subject, donor_side, capture=names)
-    base = contrast.run(subject, base_side, capture=names, grad=True)
+    donor = task.run(subject, donor_side, capture=names)
+    base = task.run(subject, base_side, capture=names, grad=True)
     assert base.grad is not None
     gradient = base.grad
 
@@ -59,7 +59,7 @@ def attribute(subject: Subject, contrast: Contrast, parts: Sequence[Component], 
         return (donor[name] - base[name]).float() * gradient[name].float()
 
     by_site = {name: estimate(name) for name in names}
-    rows = contrast.clean.size
+    rows = task.clean.size
     values = []
     for part in parts:
         if part.kind == "mlp":

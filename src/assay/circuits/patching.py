@@ -23,7 +23,7 @@ from assay.activations.edits import Patch
 from assay.activations.subject import Subject
 from assay.activations.values import Run
 from assay.circuits.components import Component
-from assay.circuits.contrast import Contrast
+from assay.circuits.task import Task
 
 Direction = Literal["denoising", "noising"]
 Progress = Callable[[int, int], None]
@@ -61,7 +61,7 @@ def sides(direction: Direction) -> tuple[str, str]:
 
 def patch_grid(
     subject: Subject,
-    contrast: Contrast,
+    task: Task,
     point: str,
     direction: Direction,
     *,
@@ -73,7 +73,7 @@ def patch_grid(
 
     Args:
         subject: The subject.
-        contrast: The clean and the corrupt input.
+        task: The clean and the corrupt input.
         point: `resid_pre`, `attn.out`, `mlp.out`, or another point of a block.
         direction: "denoising" or "noising".
         positions: Which positions; all of them when None.
@@ -83,16 +83,16 @@ def patch_grid(
     Returns:
         Effects with values `[block, pos]`.
     """
-    where = list(range(contrast.clean.width)) if positions is None else list(positions)
+    where = list(range(task.clean.width)) if positions is None else list(positions)
     names = [f"blocks.{block}.{point}" for block in range(subject.n_blocks)]
-    donor = donor or contrast.run(subject, sides(direction)[1], capture=names)
+    donor = donor or task.run(subject, sides(direction)[1], capture=names)
     cells = [Patch(name, donor, positions=p) for name in names for p in where]
-    return _sweep(subject, contrast, cells, direction, (subject.n_blocks, len(where)), donor, progress)
+    return _sweep(subject, task, cells, direction, (subject.n_blocks, len(where)), donor, progress)
 
 
 def patch_components(
     subject: Subject,
-    contrast: Contrast,
+    task: Task,
     parts: Sequence[Component],
     direction: Direction,
     *,
@@ -103,7 +103,7 @@ def patch_components(
 
     Args:
         subject: The subject.
-        contrast: The clean and the corrupt input.
+        task: The clean and the corrupt input.
         parts: The heads and MLPs.
         direction: "denoising" or "noising".
         donor: A run of the giving side that captured them, if there is one already.
@@ -112,9 +112,9 @@ def patch_components(
     Returns:
         Effects with values `[parts]`.
     """
-    donor = donor or contrast.run(subject, sides(direction)[1], capture=component_sites(parts))
+    donor = donor or task.run(subject, sides(direction)[1], capture=component_sites(parts))
     cells = [Patch(part.site, donor) for part in parts]
-    return _sweep(subject, contrast, cells, direction, (len(parts),), donor, progress)
+    return _sweep(subject, task, cells, direction, (len(parts),), donor, progress)
 
 
 def component_sites(parts: Sequence[Component]) -> list[str]:
@@ -124,18 +124,18 @@ def component_sites(parts: Sequence[Component]) -> list[str]:
 
 def _sweep(
     subject: Subject,
-    contrast: Contrast,
+    task: Task,
     cells: Sequence[Patch],
     direction: Direction,
     shape: tuple[int, ...],
     donor: Run,
     progress: Progress | None,
 ) -> Effects:
-    batch, edits = contrast.base(sides(direction)[0])
-    base = contrast.metric(subject.run(batch, edits=edits).logits)
-    values = subject.sweep(batch, cells, contrast.metric, base_edits=edits, progress=progress)
+    batch, edits = task.base(sides(direction)[0])
+    base = task.metric(subject.run(batch, edits=edits).logits)
+    values = subject.sweep(batch, cells, task.metric, base_edits=edits, progress=progress)
     return Effects(
         values=values.float().reshape(shape),
         base=float(base.float().mean()),
-        donor=float(contrast.metric(donor.logits).float().mean()),
+        donor=float(task.metric(donor.logits).float().mean()),
     )

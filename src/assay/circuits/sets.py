@@ -20,8 +20,8 @@ from assay.activations.edits import Edit, Patch
 from assay.activations.subject import Subject
 from assay.activations.values import Run
 from assay.circuits.components import Component
-from assay.circuits.contrast import Contrast
 from assay.circuits.patching import component_sites
+from assay.circuits.task import Task
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +55,7 @@ class SetEffects:
 
 def ablate_sets(
     subject: Subject,
-    contrast: Contrast,
+    task: Task,
     parts: Sequence[Component],
     sets: Sequence[Collection[Component]],
     *,
@@ -65,7 +65,7 @@ def ablate_sets(
 
     Args:
         subject: The subject.
-        contrast: The clean and the corrupt input.
+        task: The clean and the corrupt input.
         parts: The universe of components.
         sets: Subsets of it.
         progress: Called with (runs done, all runs).
@@ -73,14 +73,14 @@ def ablate_sets(
     Returns:
         The metric for each set, both ways.
     """
-    donor = contrast.run(subject, "corrupt", capture=component_sites(parts))
+    donor = task.run(subject, "corrupt", capture=component_sites(parts))
     chosen = [frozenset(s) for s in sets]
     removed = [frozenset(parts) - s for s in chosen] + chosen + [frozenset(parts)]
     cells = [ablation(donor, gone, subject.parts.n_heads) for gone in removed]
-    batch, _ = contrast.base("clean")
-    clean = float(contrast.metric(subject.run(batch).logits).float().mean())
+    batch, _ = task.base("clean")
+    clean = float(task.metric(subject.run(batch).logits).float().mean())
     where = [i for i, cell in enumerate(cells) if cell]
-    found = subject.sweep(batch, [cells[i] for i in where], contrast.metric, progress=progress).float()
+    found = subject.sweep(batch, [cells[i] for i in where], task.metric, progress=progress).float()
     values = torch.full((len(cells),), clean)
     values[where] = found.cpu()
     n = len(chosen)

@@ -69,30 +69,31 @@ def decompose(subject: Subject, prompt: Prompts, answer: int, foil: int) -> Deco
     weight, bias = parts.unembedding()
     direction = (weight[answer] - weight[foil]).float()
     norm = read_norm(parts.final_norm, parts.d_model)
-    scale = run["final_norm.scale"][:, -1].float()
+    at = run.batch.last
+    scale = at(run["final_norm.scale"]).float()
 
     def read(x: Tensor) -> float:
         """One writer's part, from `[rows, d_model]` at the last position."""
         return float((norm.frozen(x.float(), scale.to(x.device)) @ direction.to(x.device)).mean())
 
-    found = {name: read(run[name][:, -1]) for name in sites if name != "final_norm.scale"}
-    biases = torch.zeros_like(run["embed"][:, -1])
+    found = {name: read(at(run[name])) for name in sites if name != "final_norm.scale"}
+    biases = torch.zeros_like(at(run["embed"]))
     for block in range(subject.n_blocks):
         heads, constant = _heads(subject, run, block)
         for head in range(heads.shape[1]):
             found[f"L{block}H{head}"] = read(heads[:, head])
         biases = biases + constant
-        found[f"MLP{block}"] = read(run[f"blocks.{block}.mlp.out"][:, -1])
+        found[f"MLP{block}"] = read(at(run[f"blocks.{block}.mlp.out"]))
     if bool(biases.abs().max() > 0):
         found["attention biases"] = read(biases)
     if bool(norm.bias.abs().max() > 0):
         found["norm bias"] = float(norm.bias.float() @ direction)
     if bias is not None:
         found["unembedding bias"] = float(bias[answer] - bias[foil])
-    logits = run.logits[:, -1].float()
+    logits = at(run.logits).float()
     total = float((logits[:, answer] - logits[:, foil]).mean())
     if parts.softcap is not None:
-        stream = parts.unembed(parts.final_norm(run[last][:, -1])).float()
+        stream = parts.unembed(parts.final_norm(at(run[last]))).float()
         found["soft-cap"] = total - float((stream[:, answer] - stream[:, foil]).mean())
     result = Decomposition(names=tuple(found), parts=torch.tensor(list(found.values())), total=total)
     size = max(abs(total), float(result.parts.abs().max()))
@@ -105,7 +106,7 @@ def _heads(subject: Subject, run: Run, block: int) -> tuple[Tensor, Tensor]:
     """Each head's own write at the last position, `[rows, heads, d_model]`, and the block's constant."""
     parts = subject.parts
     architecture = parts.architecture
-    z = run[f"blocks.{block}.attn.z"][:, -1]
+    z = run.batch.last(run[f"blocks.{block}.attn.z"])
     matrix = parts.output_matrix(block).reshape(parts.n_heads, z.shape[-1], -1)
     written = torch.einsum("rhd,hdm->rhm", z, matrix)
     bias = linear_bias(parts.of(block, f"{architecture.attn}.{architecture.attn_proj}"))

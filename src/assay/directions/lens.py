@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from assay.activations.subject import Prompts, Subject
+from assay.base.errors import SpecError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ def logit_lens(subject: Subject, prompt: Prompts, answer: int, foil: int, edits:
     n = subject.n_blocks
     sites = ["blocks.0.resid_pre", *(f"blocks.{block}.resid_post" for block in range(n))]
     run = subject.run(prompt, capture=sites, edits=edits)  # type: ignore[arg-type]
+    if run.batch.padded:
+        raise SpecError("the lens reads positions side by side: give prompts of one length", "prompt")
     parts = subject.parts
 
     def read(stream: Tensor) -> Tensor:

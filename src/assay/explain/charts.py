@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from assay.base.labels import token_label
-from assay.base.views import Bars, Distribution, Heatmap, Lines, Prompt, Scatter, Series, Table, Text, View
+from assay.base.views import Bars, Distribution, Heatmap, Lines, Prompt, Scatter, Series, Table, View
 from assay.explain.results import Results
 from assay.explain.snippets import Snippets
 from assay.explain.steps import DIRECTIONS, KINDS, Steps, curve_sizes
@@ -23,6 +23,7 @@ _SAY = {
     "noising": "corrupt into clean: 1 destroys the whole preference, 0 nothing",
 }
 SHOWN = 24
+_PAIRS = "standard deviations over random pairs"
 _LENS = "Lens and direct attribution"
 
 
@@ -54,7 +55,7 @@ class Charts:
             contrast=results.corrupt_tokens,
             answer=self.answer,
             foil=self.foil,
-            python=self.code.contrast(),
+            python=self.code.task(),
         )
 
     def baseline(self) -> list[View]:
@@ -106,7 +107,7 @@ class Charts:
             series=[*series, middle],
             x_title="after block",
             y_title="logits",
-            python=self.code.lens("[:, -1]"),
+            python=self.code.lens(),
         )
 
     def _lens_grid(self) -> View:
@@ -122,7 +123,7 @@ class Charts:
             column_title="position",
             unit="logits",
             column_tokens=True,
-            python=self.code.lens(""),
+            python=self.code.lens_grid(),
         )
 
     def _lens_tokens(self) -> View:
@@ -138,7 +139,7 @@ class Charts:
             caption=f"The best token after each block, with the probability and the rank (0 is best) of {answer}.",
             columns=("after block", "best token", f"p({answer})", f"rank of {answer}"),
             rows=[(after[i], tops[i], float(probability[i]), float(rank[i])) for i in range(len(after))],
-            python=self.code.lens(""),
+            python=self.code.lens_tokens(),
         )
 
     def direct(self) -> list[View]:
@@ -318,10 +319,10 @@ class Charts:
                 x_title="number of top components",
                 y_title="share of the preference",
                 log_x=True,
-                python=self.code.sets(),
+                python=self.code.curve(),
             )
         ]
-        for which in ("kept", "lost"):
+        for which in ("kept", "lost") if self.results.random["kept"].size else ():
             found.append(
                 Distribution(
                     id=f"sets-{which}",
@@ -338,44 +339,31 @@ class Charts:
 
     def controls(self) -> list[View]:
         """The pipeline on untrained weights."""
-        draws = self.results.untrained
-        base = self.results.values["baseline"]
-        gap = {
-            kind: [
-                float(d["difference"]["clean_difference"] - d["difference"]["corrupt_difference"]) for d in draws[kind]
-            ]
-            for kind in KINDS
-        }
-        largest = {
-            kind: [
-                float(np.max(d["difference"]["clean_difference"] - np.asarray(d["components_noising"])))
-                for d in draws[kind]
-            ]
-            for kind in KINDS
-        }
+        preference, largest = self.results.preference, self.results.largest
+        untrained = self.results.untrained
         found: list[View] = [
             Distribution(
                 id="untrained-gap",
                 section="Controls",
                 title="The preference with untrained weights",
-                caption="Clean minus corrupt logit difference on the same architecture with Gaussian and with "
-                "spectrum-matched "
-                "weights.",
-                null=gap,
-                estimate=float(base["clean_difference"]) - float(base["corrupt_difference"]),
-                unit="logits",
-                python=self.code.untrained(),
+                caption="Clean minus corrupt logit difference, in standard deviations of the same change over random "
+                "pairs of tokens, on the same architecture with Gaussian and with spectrum-matched weights.",
+                null={kind: [preference(draw["difference"]) for draw in untrained[kind]] for kind in KINDS},
+                estimate=preference(self.results.values["baseline"]),
+                unit=_PAIRS,
+                python=self.code.draws(),
             ),
             Distribution(
                 id="untrained-component",
                 section="Controls",
                 title="The largest component effect with untrained weights",
-                caption="Logits lost when the most important component is corrupted (noising), against the "
-                "largest in each draw.",
-                null=largest,
-                estimate=float(np.max(-self.results.effect("components noising"))),
-                unit="logits",
-                python=self.code.untrained(),
+                caption="The change when the most important component is corrupted (noising), in the same unit, "
+                "against "
+                "the largest in each draw.",
+                null={kind: [largest(draw) for draw in untrained[kind]] for kind in KINDS},
+                estimate=largest(),
+                unit=_PAIRS,
+                python=self.code.draws(),
             ),
         ]
         for kind in KINDS:
@@ -438,14 +426,6 @@ class Charts:
         return views
 
 
-LIMITS: Sequence[str] = (
-    "What both prompts share is invisible: patching finds what differs between them.",
-    "Noising misses what has a backup; denoising misses what needs company. Both are shown because they disagree.",
-    "The lens and direct attribution see only the direct path to the logits.",
-    "Resample ablation measures a set of components against this corruption; another corruption is another question.",
-)
-
-
 def charts(results: Results, steps: Steps, model: str, decode: Callable[[int], str]) -> list[View]:
     """Every view of a study, in the order of the report."""
     make = Charts(results, steps, model, decode)
@@ -453,5 +433,4 @@ def charts(results: Results, steps: Steps, model: str, decode: Callable[[int], s
     found += [*make.attribution(), *make.sets(), *make.controls()]
     if "variations" in results.values:
         found += make.variations()
-    found.append(Text(id="limits", section="What this does not show", title="Limits", paragraphs=LIMITS))
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from assay.base.findings import Control, Finding
 from assay.base.labels import token_label
 from assay.base.method import Context
-from assay.base.stats import Interval, Side, correlation_interval, pearson
+from assay.base.stats import Interval, Side, bootstrap_interval, correlation_interval, pearson
 from assay.controls.labels import permutation_test
 from assay.controls.prompts import prompt_effect
 from assay.controls.verdicts import compare, verdict
@@ -79,15 +79,11 @@ class Claims:
         """What differs between the prompts moves this pair of tokens, and not just any pair."""
         base = self.results.values["baseline"]
         gap, spread = self.clean - self.corrupt, float(base["spread"])
-        estimate = gap / spread
-
-        def specific(draw: Any) -> float:
-            found = draw["difference"]
-            return float((found["clean_difference"] - found["corrupt_difference"]) / found["spread"])
-
+        estimate = self.results.preference(base)
+        null = self.untrained(lambda draw: self.results.preference(draw["difference"]))
         return self.finding(
             f"what the corruption removes makes the model prefer {self.answer} to {self.foil}: {gap:.2f} logits, "
-            f"{estimate:.1f} times what it moves a random pair of tokens",
+            f"{estimate:.1f} standard deviations of what it moves random pairs of tokens",
             estimate,
             "standard deviations of the change over random token pairs",
             [
@@ -97,7 +93,7 @@ class Claims:
                     estimate,
                     np.asarray(base["pairs"]) / spread,
                 ),
-                compare("untrained weights", _UNTRAINED, estimate, self.untrained(specific)),
+                compare("untrained weights", _UNTRAINED, estimate, null),
             ],
             [self.steps.baseline().name, *self.untrained_steps],
             tags=("baseline",),
@@ -151,20 +147,15 @@ class Claims:
         hurt = -self.results.effect("components noising")[members]
         best = int(np.argmax(hurt))
         part = self.results.parts[members[best]]
-        estimate = float(hurt[best]) / float(self.results.values["baseline"]["spread"])
-
-        def largest(draw: Any) -> float:
-            found = draw["difference"]
-            lost = float(found["clean_difference"]) - np.asarray(draw["components_noising"])[members]
-            return float(np.max(lost)) / float(found["spread"])
-
+        estimate = self.results.largest(kind=kind)
+        null = self.untrained(lambda draw: self.results.largest(draw, kind))
         word = "head" if kind == "head" else "MLP"
         return self.finding(
             f"of all {word}s, {part.name} matters most: with it corrupted the preference drops by "
             f"{hurt[best]:.2f} logits",
             estimate,
             "standard deviations of the change over random token pairs (exact, noising)",
-            [compare(f"untrained weights, largest {word}", _UNTRAINED, estimate, self.untrained(largest))],
+            [compare(f"untrained weights, largest {word}", _UNTRAINED, estimate, null)],
             [self.steps.components("noising").name, *self.untrained_steps],
             tags=("patching", word.lower()),
             detail={
@@ -267,22 +258,34 @@ class Claims:
             )
         ]
         for which in ("kept", "lost"):
-            share = prompt_effect(np.asarray(found[which]), seed=self.ctx.seed)
-            findings.append(
-                self.finding(
-                    f"the top components of the main prompt are {'enough' if which == 'kept' else 'needed'} for "
-                    f"the variations, "
-                    "which did not choose them",
-                    share.estimate,
-                    f"share of the preference {which}, mean",
-                    [share.control],
-                    used,
-                    interval=share.interval,
-                    n=share.n,
-                    tags=("variations", "sets"),
-                )
-            )
+            findings.append(self._held_out(which))
         return findings
+
+    def _held_out(self, which: str) -> Finding:
+        """What the main prompt's top components keep or lose over the variations, as a ratio of sums."""
+        found = self.results.values["variations"]
+        span = np.asarray(found["span"])
+        part = np.asarray(found[which]) * span
+        estimate = float(part.sum() / span.sum())
+        swapped = prompt_effect(part, seed=self.ctx.seed).control
+        null = np.asarray(swapped.null) / float(span.mean())
+        interval = None
+        if len(span) > 1:
+            pairs = np.stack([part, span], axis=1)
+            interval = bootstrap_interval(
+                pairs, lambda rows: float(rows[:, 0].sum() / rows[:, 1].sum()), seed=self.ctx.seed
+            )
+        return self.finding(
+            f"the top components of the main prompt are {'enough' if which == 'kept' else 'needed'} for the "
+            "variations, which did not choose them",
+            estimate,
+            f"share of the preference {which}, over all variations",
+            [compare(swapped.name, swapped.description, estimate, null)],
+            [self.steps.variations().name],
+            interval=interval,
+            n=len(span),
+            tags=("variations", "sets"),
+        )
 
 
 def settled(curve: np.ndarray[Any, Any]) -> int:
@@ -297,6 +300,10 @@ def arrives(curve: np.ndarray[Any, Any]) -> int:
     """The first block at whose input a curve reaches one half for good (the number of blocks if it never does)."""
     short = np.flatnonzero(~(curve >= 0.5))
     return int(short[-1]) + 1 if short.size else 0
+
+
+def _percent(share: float) -> str:
+    return f"{share + 0.0 if abs(share) >= 0.005 else 0.0:.0%}"
 
 
 def claims(results: Results, steps: Steps, ctx: Context) -> list[Finding]:
@@ -332,12 +339,11 @@ def headlines(results: Results, findings: Sequence[Finding]) -> list[str]:
     lines.append(f"Corrupting one component costs the most logits at heads {names(heads)} and {names(mlps)}.")
     kept = float(np.asarray(results.values["curve"]["kept"])[-1])
     lost = float(np.asarray(results.values["curve"]["lost"])[-1])
+    typical = {name: _percent(np.median(null)) if null.size else "unknown" for name, null in results.random.items()}
     lines.append(
-        f"The top {len(results.top)} of {len(results.parts)} components keep {kept:.0%} of the preference "
-        f"alone; random sets of "
-        f"the same make keep {np.median(results.random['kept']):.0%} (median). Without them {lost:.0%} is lost; "
-        f"without random "
-        f"sets {np.median(results.random['lost']):.0%}."
+        f"The top {len(results.top)} of {len(results.parts)} components keep {_percent(kept)} of the preference "
+        f"alone; random sets of the same make keep {typical['kept']} (median). Without them {_percent(lost)} is lost; "
+        f"without random sets {typical['lost']}."
     )
     supported = sum(finding.verdict == "supported" for finding in findings)
     lines.append(f"{supported} of {len(findings)} findings stand against their controls.")

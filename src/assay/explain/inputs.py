@@ -149,7 +149,7 @@ def content_positions(tokens: Sequence[str]) -> tuple[int, ...]:
 
 def _variations(text: Tokenizer, spec: ExplainSpec, path: Path) -> tuple[Question, ...]:
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SpecError(f"the file {str(path)!r} cannot be read: {reason}", "vary") from None
@@ -176,7 +176,7 @@ def _row(line: str, with_corrupt: bool) -> dict[str, Any]:
         raise SpecError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise SpecError(f"a JSON object is needed, not {type(row).__name__}")
-    wanted = VARY_FIELDS if with_corrupt else ("clean", "answer", "foil")
+    wanted = VARY_FIELDS if with_corrupt or row.get("corrupt") is not None else ("clean", "answer", "foil")
     missing = [name for name in wanted if not isinstance(row.get(name), str)]
     unknown = sorted(set(row) - set(VARY_FIELDS))
     if missing or unknown:

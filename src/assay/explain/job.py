@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from assay.activations.subject import Subject
-from assay.base.errors import UnsupportedArchitecture
+from assay.base.errors import NumericalError, SpecError, UnsupportedArchitecture
 from assay.base.findings import Findings
 from assay.base.method import Context, StepSpec
 from assay.base.method import Progress as StepProgress
-from assay.circuits import Contrast, components
-from assay.controls.sets import matched_sets
+from assay.circuits import Component, Task, components
+from assay.controls.sets import count_matched_sets, matched_sets
 from assay.controls.weights import WeightNull
 from assay.explain import measure
 from assay.explain.charts import charts
@@ -22,14 +23,18 @@ from assay.explain.inputs import Question, read_inputs
 from assay.explain.results import Results
 from assay.explain.spec import ExplainSpec
 from assay.explain.steps import DIRECTIONS, GRIDS, KINDS, SETS_A_STEP, Shape, Steps, curve_sizes
+from assay.subjects.families import family_of
+from assay.subjects.parts import Parts
 from assay.subjects.words import ModelText
 
 
 def run(subject: Subject, spec: ExplainSpec, ctx: Context) -> Findings:
     """Run the job; see `assay.explain.method.explain`."""
-    parts_of = subject.parts
+    parts_of = _parts(subject, spec)
     if subject.n_blocks == 0:
         raise UnsupportedArchitecture(f"{subject.name} has no blocks to explain")
+    if subject.n_blocks * (parts_of.n_heads + 1) < 3:
+        raise UnsupportedArchitecture(f"{subject.name} has one head and one MLP: there is nothing to choose from")
     text = ModelText(subject)
     inputs = read_inputs(text, spec)
     shape = Shape(
@@ -50,9 +55,9 @@ def run(subject: Subject, spec: ExplainSpec, ctx: Context) -> Findings:
         corrupt_tokens=None if question.corrupt is None else [text.decode(t) for t in question.corrupt],
         words=(text.decode(answer), text.decode(foil)),
     )
-    contrast = contrast_of(subject, question, answer, foil, spec, ctx.seed)
-    _measure_model(subject, contrast, results, steps, ctx)
-    _measure_random_sets(subject, contrast, results, steps, ctx)
+    task = task_of(subject, question, answer, foil, spec, ctx.seed)
+    _measure_model(subject, task, results, steps, ctx)
+    _measure_random_sets(subject, task, results, steps, ctx)
     _measure_untrained(subject, question, results, steps, ctx)
     if inputs.variations:
         step = steps.variations()
@@ -61,70 +66,86 @@ def run(subject: Subject, spec: ExplainSpec, ctx: Context) -> Findings:
     findings = claims(results, steps, ctx)
     return Findings(
         findings=tuple(findings),
-        views=tuple(charts(results, steps, subject.name, text.decode)),
+        views=tuple(charts(results, steps, _reference(subject), text.decode)),
         summary=tuple(headlines(results, findings)),
         warnings=tuple(_warnings(results, spec)),
     )
 
 
-def contrast_of(subject: Subject, question: Question, answer: int, foil: int, spec: ExplainSpec, seed: int) -> Contrast:
-    """The contrast a question asks for: two prompts, or one prompt and noise."""
+def _parts(subject: Subject, spec: ExplainSpec) -> Parts:
+    """The subject's parts; where its map was refused because its logits are NaN, that is said instead."""
+    if subject.architecture is None and family_of(str(getattr(subject.config, "model_type", ""))) is not None:
+        measure.finite_logits(subject.run(spec.prompt).logits[:, -1], "clean")
+    return subject.parts
+
+
+def _reference(subject: Subject) -> str:
+    """How the subject can be loaded again; empty for a module that was handed over, which only its owner can load."""
+    return "" if subject.name == type(subject.module).__name__ else subject.name
+
+
+def task_of(subject: Subject, question: Question, answer: int, foil: int, spec: ExplainSpec, seed: int) -> Task:
+    """The task a question asks for: two prompts, or one prompt and noise."""
     if question.corrupt is not None:
-        return Contrast.of_tokens(question.clean, question.corrupt, answer, foil)
-    return Contrast.of_noise(
+        return Task.from_tokens(question.clean, question.corrupt, answer, foil)
+    return Task.from_noise(
         subject, question.clean, question.noised, answer, foil, sigmas=spec.sigmas, draws=spec.draws, seed=seed
     )
 
 
-def _measure_model(subject: Subject, contrast: Contrast, results: Results, steps: Steps, ctx: Context) -> None:
+def _measure_model(subject: Subject, task: Task, results: Results, steps: Steps, ctx: Context) -> None:
     values, parts = results.values, results.parts
-    values["baseline"] = ctx.step(steps.baseline(), lambda p: measure.baseline(subject, contrast))
-    values["lens"] = ctx.step(steps.lens(), lambda p: measure.lens(subject, contrast))
-    values["direct"] = ctx.step(steps.decomposition(), lambda p: measure.decomposition(subject, contrast))
+    values["baseline"] = ctx.step(steps.baseline(), lambda p: measure.baseline(subject, task))
+    if results.gap == 0:
+        raise SpecError(
+            f"clean and corrupt give the same logit difference between {results.words[0]!r} and {results.words[1]!r}: "
+            "what differs between the prompts does not matter here, and there is nothing to explain",
+            "corrupt",
+        )
+    values["lens"] = ctx.step(steps.lens(), lambda p: measure.lens(subject, task))
+    values["direct"] = ctx.step(steps.decomposition(), lambda p: measure.decomposition(subject, task))
     for direction in DIRECTIONS:
         for point in GRIDS:
-            values[f"{point} {direction}"] = _grid(
-                subject, contrast, steps.grid(point, direction), point, direction, ctx
-            )
-        values[f"components {direction}"] = _components(subject, contrast, results, steps, direction, ctx)
-    values["attribution"] = ctx.step(steps.attribution(), lambda p: measure.attribution(subject, contrast, parts))
+            values[f"{point} {direction}"] = _grid(subject, task, steps.grid(point, direction), point, direction, ctx)
+        values[f"components {direction}"] = _components(subject, task, results, steps, direction, ctx)
+    values["attribution"] = ctx.step(steps.attribution(), lambda p: measure.attribution(subject, task, parts))
     helping = -results.effect("components noising")
     ranked = [parts[i] for i in np.argsort(-helping, kind="stable")]
     results.top = ranked[: steps.top]
     prefixes = [ranked[:k] for k in curve_sizes(len(parts))]
-    values["curve"] = ctx.step(
-        steps.curve(), lambda p: measure.sets(subject, contrast, parts, [*prefixes, results.top], p)
-    )
+    values["curve"] = ctx.step(steps.curve(), lambda p: measure.sets(subject, task, parts, [*prefixes, results.top], p))
 
 
-def _grid(subject: Subject, contrast: Contrast, step: StepSpec, point: str, direction: str, ctx: Context) -> Any:
-    return ctx.step(step, lambda p: measure.grid(subject, contrast, point, direction, p))
+def _grid(subject: Subject, task: Task, step: StepSpec, point: str, direction: str, ctx: Context) -> Any:
+    return ctx.step(step, lambda p: measure.grid(subject, task, point, direction, p))
 
 
-def _components(
-    subject: Subject, contrast: Contrast, results: Results, steps: Steps, direction: str, ctx: Context
-) -> Any:
+def _components(subject: Subject, task: Task, results: Results, steps: Steps, direction: str, ctx: Context) -> Any:
     return ctx.step(
         steps.components(direction),
-        lambda p: measure.component_effects(subject, contrast, results.parts, direction, p),
+        lambda p: measure.component_effects(subject, task, results.parts, direction, p),
     )
 
 
-def _measure_random_sets(subject: Subject, contrast: Contrast, results: Results, steps: Steps, ctx: Context) -> None:
-    sets = matched_sets(
-        results.top, results.parts, strata=lambda part: part.kind, n=steps.spec.random_sets, seed=ctx.seed
-    )
-    found: dict[str, list[Any]] = {"kept": [], "lost": []}
-    for chunk in range(steps.n_chunks):
+def _measure_random_sets(subject: Subject, task: Task, results: Results, steps: Steps, ctx: Context) -> None:
+    there_are = count_matched_sets(results.top, results.parts, strata=_kind) - 1
+    n = min(steps.spec.random_sets, there_are)
+    sets = matched_sets(results.top, results.parts, strata=_kind, n=n, seed=ctx.seed) if n else ()
+    found: dict[str, list[Any]] = {"kept": [np.empty(0)], "lost": [np.empty(0)]}
+    for chunk in range(math.ceil(n / SETS_A_STEP)):
         members = sets[chunk * SETS_A_STEP : (chunk + 1) * SETS_A_STEP]
 
         def compute(progress: StepProgress, members: Sequence[Any] = members) -> Mapping[str, Any]:
-            return measure.sets(subject, contrast, results.parts, members, progress)
+            return measure.sets(subject, task, results.parts, members, progress)
 
         values = ctx.step(steps.random_sets(chunk), compute)
         for name, kept in found.items():
             kept.append(np.asarray(values[name]))
     results.random = {name: np.concatenate(kept) for name, kept in found.items()}
+
+
+def _kind(part: Component) -> str:
+    return part.kind
 
 
 def _measure_untrained(subject: Subject, question: Question, results: Results, steps: Steps, ctx: Context) -> None:
@@ -138,8 +159,8 @@ def _measure_untrained(subject: Subject, question: Question, results: Results, s
                 null.append(WeightNull(subject.module, kind))
             module = null[0].draw(ctx.seed, number)
             other = Subject(module, subject.tokenizer, architecture=subject.architecture, name=f"{kind} {number}")
-            contrast = contrast_of(other, question, results.answer, results.foil, steps.spec, ctx.seed)
-            return measure.untrained(other, contrast, results.parts, GRIDS if number == 0 else (), progress)
+            task = task_of(other, question, results.answer, results.foil, steps.spec, ctx.seed)
+            return measure.untrained(other, task, results.parts, GRIDS if number == 0 else (), progress)
 
         results.untrained[kind] = [
             ctx.step(steps.untrained(kind, i), lambda p, i=i, compute=compute: compute(p, number=i))  # type: ignore[misc]
@@ -151,16 +172,20 @@ def _variations(
     subject: Subject, results: Results, spec: ExplainSpec, seed: int, progress: StepProgress
 ) -> Mapping[str, Any]:
     """The effect on other prompts, and what the top components of the main prompt keep and lose there."""
-    found: dict[str, list[float]] = {"clean": [], "corrupt": [], "kept": [], "lost": []}
+    found: dict[str, list[float]] = {"clean": [], "corrupt": [], "kept": [], "lost": [], "span": []}
     for i, question in enumerate(results.inputs.variations):
         answer, foil = measure.likeliest(subject, question.clean, question.answer, question.foil)
-        contrast = contrast_of(subject, question, answer, foil, spec, seed)
-        base = measure.baseline(subject, contrast)
+        task = task_of(subject, question, answer, foil, spec, seed)
+        base = measure.baseline(subject, task)
         found["clean"].append(base["clean_difference"])
         found["corrupt"].append(base["corrupt_difference"])
-        values = measure.sets(subject, contrast, results.parts, [results.top], lambda done, total: None)
+        try:
+            values = measure.sets(subject, task, results.parts, [results.top], lambda done, total: None)
+        except NumericalError as error:
+            raise NumericalError(f"variation {i + 1}: {error}") from None
         found["kept"].append(float(values["kept"][0]))
         found["lost"].append(float(values["lost"][0]))
+        found["span"].append(float(values["clean"]) - float(values["none"]))
         progress(i + 1, len(results.inputs.variations))
     return {name: np.asarray(values) for name, values in found.items()}
 
@@ -200,13 +225,16 @@ def _warnings(results: Results, spec: ExplainSpec) -> list[str]:
         found.append(f"No answer was given: the likeliest token, {results.words[0]!r}, was used.")
     if results.inputs.question.foil is None:
         found.append(f"No foil was given: the runner-up, {results.words[1]!r}, was used.")
-    baseline = results.values["baseline"]
-    gap = float(baseline["clean_difference"]) - float(baseline["corrupt_difference"])
-    if gap <= 0:
+    if results.gap <= 0:
         found.append(
-            f"The corruption does not lower the logit difference (it changes by {-gap:+.3g}): normalised "
+            f"The corruption does not lower the logit difference (it changes by {-results.gap:+.3g}): normalised "
             f"effects are not "
             "meaningful here. Choose a corrupt prompt for which the foil would be right."
+        )
+    if len(results.random["kept"]) < spec.random_sets:
+        found.append(
+            f"The top components are held against {len(results.random['kept'])} random sets: no more have as many "
+            "heads and as many MLPs."
         )
     if len(results.inputs.variations) == 0:
         found.append("One prompt was studied: nothing here says that it holds for others. Give --vary FILE.")

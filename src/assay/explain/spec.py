@@ -41,3 +41,12 @@ class ExplainSpec(BaseModel):
     )
     sigmas: float = Field(default=3.0, gt=0, description="Noise on embeddings, in their standard deviations.")
     draws: int = Field(default=3, ge=1, description="How many draws of that noise effects are averaged over.")
+
+    def title(self) -> str:
+        """The question, as a report's heading."""
+        answer, foil = (text.strip() if text else None for text in (self.answer, self.foil))
+        if answer is None:
+            return (
+                "Why this token rather than the runner-up?" if foil is None else f"Why this token rather than {foil}?"
+            )
+        return f"Why {answer} rather than {foil or 'the runner-up'}?"

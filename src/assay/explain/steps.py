@@ -69,7 +69,7 @@ class Steps:
     def __init__(self, shape: Shape, inputs: Inputs, spec: ExplainSpec, seed: int) -> None:
         self.shape, self.inputs, self.spec, self.seed = shape, inputs, spec, seed
         self.rows = spec.draws if inputs.question.corrupt is None else 1
-        self.top = min(spec.top, shape.n_components - 1)
+        self.top = min(spec.top, max(1, shape.n_components // 2))  # most of a model is no circuit of it
         question = inputs.question.to_dict()
         if inputs.question.corrupt is None:
             question |= {"sigmas": spec.sigmas, "draws": spec.draws, "seed": seed}

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from assay.base.errors import LoadError
+from assay.base.errors import LoadError, UnsupportedArchitecture
 
 
 class Card:
@@ -30,7 +30,9 @@ class Card:
         for name in names:
             if isinstance(self.config.get(name), int):
                 return int(self.config[name])
-        raise LoadError(f"{self.folder.name}/config.json has none of {', '.join(names)}")
+        raise UnsupportedArchitecture(
+            f"the configuration of {self.folder.name} has none of {', '.join(names)}: no architecture map knows it"
+        )
 
     @property
     def n_layers(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ def load_source(source: Source, notify: Notify | None = None) -> tuple[nn.Module
         LoadError: If transformers cannot read the files.
     """
     say = notify or (lambda text: None)
-    if source.kind == "gguf" and not source.converted:
+    if source.kind == "gguf" and source.converted:
+        say(f"loading {source.ref}")
+        try:
+            return _load_folder(source.folder, source.ref)
+        except DamagedFile as error:
+            say(f"the converted copy is damaged and is made again ({error})")
+            shutil.rmtree(source.folder)
+    if source.kind == "gguf":
         say(f"converting {source.path.name} (once; about 4 bytes a parameter go into the cache)")
         convert_gguf(source)
     say(f"loading {source.ref}")
@@ -42,20 +49,35 @@ def _load_folder(folder: Path, ref: str) -> tuple[nn.Module, Any]:
 
     with _quiet():
         try:
-            module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            module, found = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except (ValueError, KeyError) as error:
             raise UnsupportedArchitecture(f"transformers does not load {ref!r} as a language model: {error}") from None
         except Exception as error:
             raise DamagedFile(f"the weights of {ref!r} could not be read: {type(error).__name__}: {error}") from None
-        return module.eval(), _tokenizer(folder)
+        _check_complete(found, ref)
+        return module.eval(), _tokenizer(folder, ref)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _check_complete(found: Mapping[str, Any], ref: str) -> None:
+    """Refuse weights that transformers made up, because the files had none or had them in another shape."""
+    absent = sorted(found["missing_keys"])
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
+    for names, what in ((absent, "are not in the files"), (other, "have another shape in the files")):
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise DamagedFile(f"{len(names)} of the weights of {ref!r} {what}, and would be random: {shown}")
+
+
+def _tokenizer(folder: Path, ref: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        if (folder / "tokenizer.json").is_file():
+            raise DamagedFile(f"the tokenizer of {ref!r} could not be read: {type(error).__name__}: {error}") from None
         return None
 
 
@@ -85,9 +107,10 @@ def convert_gguf(source: Source) -> Path:
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            loaded = AutoModelForCausalLM.from_pretrained(**where)
+            loaded, found = AutoModelForCausalLM.from_pretrained(**where, output_loading_info=True)
         except Exception as error:
             raise DamagedFile(f"{source.path.name} could not be read: {type(error).__name__}: {error}") from None
+        _check_complete(found, source.path.name)
         config = loaded.config
         for name in ("quantization_config", "_name_or_path"):
             with contextlib.suppress(AttributeError):
@@ -101,9 +124,10 @@ def convert_gguf(source: Source) -> Path:
 def _keep(source: Source, module: nn.Module, tokenizer: Any) -> Path:
     """Write the converted folder beside its place and move it there whole."""
     models = home() / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=models, prefix=".convert-"))
+    stage = None
     try:
+        models.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=models, prefix=".convert-"))
         tokenizer.save_pretrained(stage)
         module.save_pretrained(stage)  # type: ignore[operator]
         try:
@@ -114,7 +138,8 @@ def _keep(source: Source, module: nn.Module, tokenizer: Any) -> Path:
     except OSError as error:
         raise LoadError(f"the converted model could not be kept in {models}: {error}") from None
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
     return source.folder
 
 

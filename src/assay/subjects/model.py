@@ -27,7 +27,7 @@ class Model:
         tokenizer: A transformers tokenizer, needed for text.
         architecture: The map of its family, or None for `module:` sites alone.
         name: How the user referred to it.
-        fingerprint: A hash of the weights; computed from the module when not given.
+        fingerprint: A hash of the files the weights came from; computed from the module when not given.
     """
 
     def __init__(
@@ -44,12 +44,21 @@ class Model:
         self.architecture = architecture
         self.name = name or type(module).__name__
         self._refused = ""
-        self._fingerprint = fingerprint
+        self._source_fingerprint = fingerprint
+        self._marks = _marks(module) if fingerprint is not None else ()
 
     def refuse(self, why: str) -> None:
         """Give up the standard sites, because the map failed on this module; `module:` sites stay."""
         self.architecture, self._refused = None, why
         self.__dict__.pop("parts", None)
+
+    def __repr__(self) -> str:
+        """One line: class, name, family and size."""
+        family = self.architecture.family if self.architecture is not None else "module: sites only"
+        size = sum(p.numel() for p in self.module.parameters())
+        return (
+            f"<{type(self).__name__} {self.name}: {type(self.module).__name__}, {family}, {size / 1e6:.1f}M parameters>"
+        )
 
     @property
     def config(self) -> Any:
@@ -81,10 +90,10 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and bytes of all parameters and buffers, unless the source gave its own."""
-        if self._fingerprint is None:
-            self._fingerprint = weights_hash(self.module)
-        return self._fingerprint
+        """The source's own hash while the weights are as loaded; otherwise a hash of the weights and configuration."""
+        if self._source_fingerprint is not None and self._marks == _marks(self.module):
+            return self._source_fingerprint
+        return weights_hash(self.module)
 
     def norm(self, site: str) -> Norm:
         """What the norm at `final_norm` or `blocks.i.norm1` computes."""
@@ -110,8 +119,10 @@ class Model:
         return [self.site(name) for name in expand_sites(given, self.n_blocks, gated=gated)]
 
     def sites(self) -> list[str]:
-        """Every standard site of this model, in forward order."""
-        names = ["embed", *(["pos_embed"] if self.architecture and self.architecture.pos_embed else [])]
+        """Every standard site of this model, in forward order (`logits` alone without an architecture map)."""
+        if self.architecture is None:
+            return ["logits"]
+        names = ["embed", *(["pos_embed"] if self.parts.has("pos_embed") else [])]
         for block in range(self.n_blocks):
             names += [f"blocks.{block}.{point}" for point in BLOCK_POINTS if self.parts.has(point)]
         return [*names, "final_norm", "final_norm.scale", "logits"]
@@ -126,7 +137,7 @@ class Model:
         return self.parts.point(site)
 
     def tokens(
-        self, x: str | Sequence[str] | Tensor, *, mask: Tensor | None = None, side: str = "right"
+        self, x: str | Sequence[str] | Tensor, *, mask: Tensor | None = None, side: str = "left"
     ) -> tokens.Batch:
         """Turn text, texts or token ids into a batch.
 
@@ -184,9 +195,17 @@ class Model:
             raise UnknownSite(f"no module {path!r} in {type(self.module).__name__}{nearest(path, valid)}") from None
 
 
+def _marks(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Where each parameter lives and how often it was written: different after an edit of the weights."""
+    return tuple((p.data_ptr(), p._version) for p in module.parameters())
+
+
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of a module's parameters and buffers."""
-    state = hashlib.sha256()
+    """SHA-256 over a module's class, configuration, and the names, shapes, types and bytes of its weights."""
+    state = hashlib.sha256(type(module).__name__.encode())
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_json_string"):
+        state.update(config.to_json_string(use_diff=False).encode())
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())

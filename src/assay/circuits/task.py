@@ -1,4 +1,4 @@
-"""Two runs that differ in what matters: a clean prompt, a corruption of it, and the metric that tells them apart."""
+"""A task: a clean prompt, a corruption of it, and the answer and foil whose logit difference tells them apart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from assay.activations.edits import Add, Edit
@@ -16,25 +17,30 @@ from assay.base.errors import SpecError
 from assay.base.rng import torch_stream
 from assay.subjects.tokens import Batch, from_ids
 
+Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contrast:
-    """A clean input and a corrupted one of the same length.
+class Task:
+    """A clean input and a corrupted one of the same shape, with an answer and a foil for each row.
 
     The metric is the logit difference at the last position, `logits[answer] - logits[foil]`.
 
     Args:
         clean: Token ids, `[rows, pos]`; row k belongs with row k of `corrupt`.
         corrupt: Token ids, `[rows, pos]`.
-        answer: The answer's token id.
-        foil: The foil's token id.
+        answer: The answer's token id, one a row.
+        foil: The foil's token id, one a row.
         noise: Edits on the embeddings that make the corruption, where the tokens themselves do not.
+
+    Raises:
+        SpecError: If the inputs do not line up.
     """
 
     clean: Batch
     corrupt: Batch
-    answer: int
-    foil: int
+    answer: Int[Tensor, " rows"]
+    foil: Int[Tensor, " rows"]
     noise: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
@@ -44,19 +50,38 @@ class Contrast:
                 f"clean is {tuple(self.clean.ids.shape)} and corrupt {tuple(self.corrupt.ids.shape)}: they must align",
                 "corrupt",
             )
+        if len(self.answer) != self.clean.size or len(self.foil) != self.clean.size:
+            raise SpecError(
+                f"{self.clean.size} rows need as many answers and foils, not {len(self.answer)} and {len(self.foil)}",
+                "answer",
+            )
 
     @classmethod
-    def of_tokens(cls, clean: Sequence[int], corrupt: Sequence[int], answer: int, foil: int) -> Contrast:
-        """A contrast of two prompts, given as token ids."""
+    def from_tokens(cls, clean: Ids, corrupt: Ids, answer: Ids | int, foil: Ids | int) -> Task:
+        """A task of prompts given as token ids.
+
+        Args:
+            clean: `[rows, pos]`, or one prompt `[pos]`.
+            corrupt: The same shape.
+            answer: Token ids, one a row, or one for all.
+            foil: Token ids, one a row, or one for all.
+
+        Example:
+            >>> task = Task.from_tokens(clean=[[5, 6, 7]], corrupt=[[5, 8, 7]], answer=9, foil=10)
+            >>> task.clean.width
+            3
+        """
+        batch = from_ids(torch.as_tensor(clean))
+        rows = batch.size
         return cls(
-            clean=from_ids(torch.tensor([list(clean)])),
-            corrupt=from_ids(torch.tensor([list(corrupt)])),
-            answer=answer,
-            foil=foil,
+            clean=batch,
+            corrupt=from_ids(torch.as_tensor(corrupt)),
+            answer=torch.as_tensor(answer).reshape(-1).expand(rows if isinstance(answer, int) else -1),
+            foil=torch.as_tensor(foil).reshape(-1).expand(rows if isinstance(foil, int) else -1),
         )
 
     @classmethod
-    def of_noise(
+    def from_noise(
         cls,
         subject: Subject,
         clean: Sequence[int],
@@ -67,11 +92,11 @@ class Contrast:
         sigmas: float = 3.0,
         draws: int = 3,
         seed: int = 0,
-    ) -> Contrast:
-        """A contrast of a prompt with itself under noise: causal tracing (Meng et al. 2022, section 2.1).
+    ) -> Task:
+        """A task of a prompt and itself under noise: causal tracing (Meng et al. 2022, section 2.1).
 
         Gaussian noise of `sigmas` standard deviations of the token embeddings is added to the embeddings at
-        `positions`.
+        `positions`. Each draw is a row.
 
         Args:
             subject: The subject, for its embeddings.
@@ -86,25 +111,36 @@ class Contrast:
         rows = from_ids(torch.tensor([list(clean)] * draws))
         embedded = subject.run(rows.ids[:1], capture="embed")["embed"]
         vocabulary = subject.point(subject.site("embed")).module
-        sample = torch.arange(0, int(subject.config.vocab_size), max(1, int(subject.config.vocab_size) // 4096))
+        size = int(subject.config.vocab_size)
+        sample = torch.arange(0, size, max(1, size // 4096), device=embedded.device)
         with torch.no_grad():
-            sigma = float(vocabulary(sample.to(embedded.device)).float().std())
+            sigma = float(vocabulary(sample).float().std())
         noise = []
         for draw in range(draws):
             generator = torch_stream(seed, "embedding noise", draw)
             value = torch.randn(len(positions), embedded.shape[-1], generator=generator) * sigmas * sigma
             noise.append(Add("embed", value, positions=tuple(positions), rows=draw))
-        return cls(clean=rows, corrupt=rows, answer=answer, foil=foil, noise=tuple(noise))
+        return cls(
+            clean=rows,
+            corrupt=rows,
+            answer=torch.tensor([answer] * draws),
+            foil=torch.tensor([foil] * draws),
+            noise=tuple(noise),
+        )
 
-    def metric(self, logits: Tensor | LazyLogits) -> Tensor:
-        """The logit difference at the last position, one value a row."""
-        return logits[:, -1, self.answer] - logits[:, -1, self.foil]
+    def metric(self, logits: Float[Tensor, "rows pos vocab"] | LazyLogits) -> Float[Tensor, " rows"]:
+        """The logit difference at the last position, one value a row; a task of one row serves any number of rows."""
+        last = logits[:, -1]
+        answer, foil = (ids.to(last.device).expand(len(last))[:, None] for ids in (self.answer, self.foil))
+        return (last.gather(1, answer) - last.gather(1, foil))[:, 0]
 
     def run(self, subject: Subject, side: str, capture: str | Sequence[str] = (), grad: bool = False) -> Run:
         """Run the clean or the corrupt side."""
-        batch, edits = (self.clean, ()) if side == "clean" else (self.corrupt, self.noise)
+        batch, edits = self.base(side)
         return subject.run(batch, capture=capture, edits=edits, grad=self.metric if grad else None)
 
     def base(self, side: str) -> tuple[Batch, tuple[Edit, ...]]:
-        """The batch of one side and the edits that belong to it."""
+        """The batch of one side, "clean" or "corrupt", and the edits that belong to it."""
+        if side not in ("clean", "corrupt"):
+            raise SpecError(f"side={side!r}: 'clean' or 'corrupt'", "side")
         return (self.clean, ()) if side == "clean" else (self.corrupt, self.noise)

@@ -52,6 +52,7 @@ def test_every_component_equals_a_raw_hook(case: Any, direction: Any) -> None:
     assert float(found.effects.abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
 def test_patching_a_run_with_itself_changes_nothing(case: Any) -> None:
     same = Task(clean=case.task.clean, corrupt=case.task.clean, answer=torch.tensor([12]), foil=torch.tensor([99]))
     parts = components(case.subject)
@@ -88,6 +89,7 @@ def test_the_whole_stream_at_any_block_is_the_donor(case: Any) -> None:
     assert torch.allclose(values, case.task.metric(donor.logits).expand(3), atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
 def test_denoising_one_way_is_noising_the_other(case: Any) -> None:
     turned = Task(clean=case.task.corrupt, corrupt=case.task.clean, answer=torch.tensor([12]), foil=torch.tensor([99]))
     one = patch_grid(case.subject, case.task, "attn.out", "denoising")

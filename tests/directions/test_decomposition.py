@@ -103,6 +103,7 @@ def test_over_rows_it_is_the_mean(case: Any) -> None:
     assert both.total == pytest.approx((each[0].total + each[1].total) / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_prompts_of_different_length_are_each_read_at_their_own_end(
     case: Any, tiny_tokenizer: Any, padding: str

@@ -88,9 +88,12 @@ def test_words_the_model_cannot_tell_apart_are_an_error(tiny_module: Callable[..
         Study(method="explain", spec=ASKED).run(subject=assay.load(module, tokenizer=tiny_tokenizer))
 
 
-def test_a_corruption_that_helps_is_warned_of(run_job: Callable[..., Any], subject: Any) -> None:
+def test_a_corruption_that_helps_is_warned_of(
+    run_job: Callable[..., Any], tiny_module: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     """The prompts turned round: effects are measured, and the reader is told what their shares are worth."""
-    found = run_job(subject, prompt="When Mary went to", corrupt="When John went to", random_sets=2).findings
+    small = assay.load(tiny_module("llama", num_hidden_layers=1), tokenizer=tiny_tokenizer)
+    found = run_job(small, prompt="When Mary went to", corrupt="When John went to", top=1, random_sets=2).findings
     assert any("does not lower the logit difference (it changes by +0" in text for text in found.warnings)
     assert next(f for f in found if "baseline" in f.tags).verdict != "supported"
 
@@ -100,7 +103,7 @@ def test_the_default_sizes_fit_a_small_model(
 ) -> None:
     """Five components: no set of twenty, and no hundred others like it; what there is, is used, and said."""
     small = assay.load(tiny_module("llama", num_hidden_layers=1), tokenizer=tiny_tokenizer)
-    done = run_job(small, top=20, random_sets=100)
+    done = run_job(small, prompt="When John went", corrupt="When Mary went", top=20, random_sets=100)
     assert len(done.finding("sets", "sufficiency").detail["components"]) == 2
     (control,) = done.finding("sets", "sufficiency").controls
     assert 3 <= len(control.null) <= 5
@@ -132,8 +135,8 @@ def test_one_head_and_one_mlp_are_no_circuit(tiny_module: Callable[..., Any], ti
 def test_other_families_go_through(
     run_job: Callable[..., Any], tiny_module: Callable[..., Any], tiny_tokenizer: Any, family: str
 ) -> None:
-    subject = assay.load(tiny_module(family, num_hidden_layers=2), tokenizer=tiny_tokenizer)
-    done = run_job(subject, prompt="When John went", corrupt="When Mary went", random_sets=2)
+    subject = assay.load(tiny_module(family, num_hidden_layers=1), tokenizer=tiny_tokenizer)
+    done = run_job(subject, prompt="When John went", corrupt="When Mary went", top=1, random_sets=2)
     assert len(done.findings) == 10
     sums = done.view("direct-sums")
     assert sum(sums.values) == pytest.approx(done.finding("baseline").detail["clean"], rel=1e-3)

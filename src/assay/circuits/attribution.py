@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from assay.activations.subject import Subject
@@ -31,8 +32,8 @@ class Attribution:
         residual: The same for `resid_pre`, by position, `[block, pos]`.
     """
 
-    components: Tensor
-    residual: Tensor
+    components: Float[Tensor, " parts"]
+    residual: Float[Tensor, "block pos"]
 
 
 def attribute(subject: Subject, task: Task, parts: Sequence[Component], direction: Direction) -> Attribution:

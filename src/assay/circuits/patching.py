@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from assay.activations.edits import Patch
@@ -39,17 +40,17 @@ class Effects:
         donor: The metric of the run that activations come from.
     """
 
-    values: Tensor
+    values: Float[Tensor, "*cells"]
     base: float
     donor: float
 
     @property
-    def effects(self) -> Tensor:
+    def effects(self) -> Float[Tensor, "*cells"]:
         """`m(patched) - m(base)`, in logits."""
         return self.values - self.base
 
     @property
-    def normalised(self) -> Tensor:
+    def normalised(self) -> Float[Tensor, "*cells"]:
         """`(m(patched) - m(base)) / (m(donor) - m(base))`."""
         return self.effects / (self.donor - self.base)
 

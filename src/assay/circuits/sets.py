@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from assay.activations.edits import Edit, Patch
@@ -37,18 +38,18 @@ class SetEffects:
         none: The metric with every component ablated.
     """
 
-    only: Tensor
-    without: Tensor
+    only: Float[Tensor, " sets"]
+    without: Float[Tensor, " sets"]
     clean: float
     none: float
 
     @property
-    def kept(self) -> Tensor:
+    def kept(self) -> Float[Tensor, " sets"]:
         """Sufficiency, `[sets]`."""
         return (self.only - self.none) / (self.clean - self.none)
 
     @property
-    def lost(self) -> Tensor:
+    def lost(self) -> Float[Tensor, " sets"]:
         """Necessity, `[sets]`."""
         return (self.clean - self.without) / (self.clean - self.none)
 

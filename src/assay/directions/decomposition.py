@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from assay.activations.subject import Prompts, Subject
@@ -37,7 +38,7 @@ class Decomposition:
     """
 
     names: tuple[str, ...]
-    parts: Tensor
+    parts: Float[Tensor, " names"]
     total: float
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from assay.activations.subject import Prompts, Subject
@@ -29,10 +30,10 @@ class Lens:
         top: The id of the best token at the last position, `[blocks + 1]`.
     """
 
-    difference: Tensor
-    probability: Tensor
-    rank: Tensor
-    top: Tensor
+    difference: Float[Tensor, "readings pos"]
+    probability: Float[Tensor, " readings"]
+    rank: Float[Tensor, " readings"]
+    top: Int[Tensor, " readings"]
 
 
 @torch.no_grad()

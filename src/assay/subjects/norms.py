@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from assay.base.errors import UnsupportedArchitecture
@@ -26,15 +27,15 @@ class Norm:
     """
 
     kind: Literal["layer", "rms"]
-    gain: Tensor
-    bias: Tensor
+    gain: Float[Tensor, " d"]
+    bias: Float[Tensor, " d"]
     eps: float
 
     def centre(self, x: Tensor) -> Tensor:
         """Subtract the mean where the norm does; `[..., d] -> [..., d]`."""
         return x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
 
-    def scale(self, x: Tensor) -> Tensor:
+    def scale(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any 1"]:
         """The denominator, `[..., d] -> [..., 1]`."""
         return (self.centre(x.float()).pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from assay.base.errors import SpecError
@@ -23,7 +24,7 @@ class Batch:
         inputs: Extra keyword arguments for the module's forward.
     """
 
-    ids: Tensor
+    ids: Int[Tensor, "batch pos"]
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
@@ -43,7 +44,7 @@ class Batch:
         return any(length != self.width for length in self.lengths)
 
     @property
-    def mask(self) -> Tensor:
+    def mask(self) -> Int[Tensor, "batch pos"]:
         """1 at real tokens, 0 at padding; `[batch, pos]`."""
         columns = torch.arange(self.width, device=self.ids.device)[None]
         starts = torch.tensor(self.starts, device=self.ids.device)[:, None]

@@ -338,3 +338,9 @@ def test_two_writers_of_one_key_do_no_harm_to_a_reader(tmp_path: Path) -> None:
             process.communicate()
     assert seen[-1] == 3
     assert check(store) == 3
+
+
+def test_a_home_of_nobody_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASSAY_HOME", "~nobody-of-that-name/x")
+    with pytest.raises(OutputError, match="ASSAY_HOME: '~nobody-of-that-name/x' begins with the home folder"):
+        home()

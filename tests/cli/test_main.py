@@ -317,3 +317,46 @@ def test_a_reader_that_went_away_is_no_error(arguments: list[str]) -> None:
     os.close(theirs)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
+
+
+ENTRY = [sys.executable, "-m", "assay.cli"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["--version"], ["methods"], ["completion", "bash"]])
+def test_output_that_cannot_be_printed_is_said(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*ENTRY, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: the result could not be printed: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_a_closed_standard_output_is_said() -> None:
+    command = ["sh", "-c", '"$@" >&-', "sh", *ENTRY, "methods"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "standard output is closed" in done.stderr) == (1, True)
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_importing_leaves_no_traceback() -> None:
+    interrupted = """
+import sys
+from assay.cli.main import main
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name.startswith("assay.cli."):
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.exit(main(["methods"]))
+"""
+    done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nStopped.\n")
+
+
+def test_an_empty_output_folder_is_refused(arguments: list[str], capsys: Capture, log: Log) -> None:
+    assert main([*arguments, "--out", ""]) == 2
+    assert "the output folder's name is empty" in capsys.readouterr().err
+    assert main([*arguments, "--weights", ""]) == 2
+    assert "weights: is empty" in capsys.readouterr().err
+    assert log() == []

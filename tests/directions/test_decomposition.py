@@ -94,6 +94,14 @@ def test_an_unembedding_bias_is_a_part(tiny_module: Callable[..., Any]) -> None:
     assert found.error < 1e-4
 
 
+def test_a_bias_behind_a_post_norm_is_divided_with_the_heads(tiny_module: Callable[..., Any]) -> None:
+    subject = assay.load(tiny_module("gemma2", attention_bias=True))
+    assert float(subject.module.model.layers[0].self_attn.o_proj.bias.detach().abs().max()) > 0.1
+    found = decompose(subject, torch.tensor([[5, 17, 40]]), 12, 99)
+    assert abs(part(found, "attention biases")) > 1e-3
+    assert found.error < 1e-4
+
+
 def test_over_rows_it_is_the_mean(case: Any) -> None:
     other = case.ids.flip(1)
     both = decompose(case.subject, torch.cat([case.ids, other]), case.answer, case.foil)

@@ -107,7 +107,7 @@ def job(run_job: Callable[..., Job], subject: Subject) -> Job:
 @pytest.fixture(scope="session")
 def noised(run_job: Callable[..., Job], subject: Subject) -> Job:
     """The bare prompt: no corrupt prompt, no answer, no foil."""
-    return run_job(subject, prompt="When John went to", corrupt=None, answer=None, foil=None, draws=2)
+    return run_job(subject, prompt="When John went to", corrupt=None, answer=None, foil=None, draws=2, untrained=2)
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,7 @@ def test_a_malformed_line_is_named_by_file_and_number(
         read(vary=path)
     assert caught.value.field == "vary"
     assert str(path) in str(caught.value)
+    assert isinstance(caught.value, TokenError) == any(word in message for word in ("Maryland", "same token"))
 
 
 @pytest.mark.parametrize("corrupt", [5, [CORRUPT]])
@@ -259,3 +260,26 @@ def test_a_subject_without_a_tokenizer(tiny_module: Any) -> None:
     with pytest.raises(SpecError, match="load it with tokenizer=") as caught:
         ModelText(assay.load(tiny_module("gpt2")))
     assert caught.value.field == "model"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(read: Read, tmp_path: Path) -> None:
+    path = tmp_path / "vary.jsonl"
+    path.write_text(json.dumps(LINE) + "\n", encoding="utf-8-sig")
+    assert len(read(vary=path).variations) == 1
+
+
+def test_a_line_nested_too_deeply_is_malformed(read: Read, tmp_path: Path) -> None:
+    path = tmp_path / "vary.jsonl"
+    path.write_text("[" * 200_000)
+    assert "line 1: not JSON" in str(refused(read, vary=path))
+
+
+def test_a_file_of_an_unknown_user(read: Read) -> None:
+    error = refused(read, vary=Path("~nobody-of-that-name/x"))
+    assert (error.field, "home folder of a user" in str(error)) == ("vary", True)
+
+
+@pytest.mark.parametrize("sigmas", [float("inf"), float("nan")])
+def test_the_noise_is_finite(sigmas: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        ExplainSpec(prompt="a", sigmas=sigmas)

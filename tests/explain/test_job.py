@@ -91,6 +91,34 @@ def test_the_top_components_are_those_that_hurt_the_most(job: Any, task: circuit
         assert found.detail["logits"] == pytest.approx(-effects[parts.index(best)], abs=1e-4)
 
 
+def test_the_strongest_are_measured_in_what_random_pairs_of_tokens_change(job: Any, task: circuits.Task) -> None:
+    clean, corrupt = (task.run(job.subject, side).logits[0, -1] for side in ("clean", "corrupt"))
+    spread = float((clean - corrupt).std()) * 2**0.5
+    for kind in ("head", "mlp"):
+        found = job.finding("patching", kind)
+        assert found.estimate == pytest.approx(found.detail["logits"] / spread, abs=1e-4)
+        assert found.estimate > 0
+
+
+def test_the_largest_direct_contribution_is_named(job: Any, task: circuits.Task) -> None:
+    parts = directions.decompose(job.subject, task.clean, int(task.answer), int(task.foil))
+    best = int(parts.parts.argmax())
+    detail = job.finding("direct attribution").detail
+    assert detail["part"] == parts.names[best]
+    assert detail["logits"] == pytest.approx(float(parts.parts[best]), abs=1e-5)
+    assert job.finding("direct attribution").claim.startswith(f"{parts.names[best]} writes the most for")
+
+
+def test_the_preference_is_followed_from_the_token_that_differs_to_the_last(job: Any, task: circuits.Task) -> None:
+    grid = circuits.patch_grid(job.subject, task, "resid_pre", "denoising").normalised
+    detail = job.finding("patching", "residual").detail
+    assert (detail["position"], detail["token"]) == (9, " John")  # the prompts differ there and nowhere else
+    assert detail["stays_until"] == int((grid[:, 9] >= 0.5).sum()) >= 1
+    late = [block for block in range(4) if all(float(v) >= 0.5 for v in grid[block:, -1])]
+    assert detail["block"] == late[0]
+    assert job.finding("patching", "residual").estimate == pytest.approx(late[0] / 3)
+
+
 def test_sufficiency_and_necessity_are_those_of_the_top_components(job: Any, task: circuits.Task) -> None:
     parts = circuits.components(job.subject)
     names = job.finding("sets", "sufficiency").detail["components"]
@@ -109,7 +137,11 @@ def test_the_sets_are_held_against_as_many_random_ones_as_asked(job: Any) -> Non
         assert control.name == "random sets"
         assert len(control.null) == 30
         assert len(set(control.null)) > 10
+        view = job.view({"sufficiency": "sets-kept", "necessity": "sets-lost"}[which])
+        assert list(view.null["random sets"]) == list(control.null)
     assert job.finding("sets", "sufficiency").verdict != "not testable"
+    null = [job.finding("sets", which).controls[0].null for which in ("sufficiency", "necessity")]
+    assert null[0] != null[1]
 
 
 def test_untrained_weights_of_both_kinds_are_the_control(job: Any) -> None:
@@ -177,7 +209,12 @@ def test_artifacts_hold_the_measurements(job: Any, task: circuits.Task) -> None:
     assert np.allclose(lens["clean_difference"], expected.numpy(), atol=1e-5)
     table = read_parquet(job.out / "artifacts" / "components.parquet")
     assert list(table["component"]) == [part.name for part in circuits.components(job.subject)]
-    assert sum(table["top"]) == 4
+    assert [name for name, top in zip(table["component"], table["top"], strict=True) if top] == sorted(
+        job.finding("sets", "sufficiency").detail["components"], key=list(table["component"]).index
+    )
+    parts = directions.decompose(job.subject, task.clean, int(task.answer), int(task.foil))
+    direct = dict(zip(parts.names, parts.parts.tolist(), strict=True))
+    assert list(table["direct_attribution"]) == pytest.approx([direct[name] for name in table["component"]], abs=1e-5)
 
 
 def test_every_chart_has_a_table_and_its_own_name(job: Any) -> None:

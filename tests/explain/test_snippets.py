@@ -121,10 +121,12 @@ def test_sets(either: Any, printed_by: Callable[..., Printed]) -> None:
 
 def test_untrained_weights(either: Any, printed_by: Callable[..., Printed]) -> None:
     printed = printed_by(either, "untrained-gap")
-    assert [(kind, number) for kind, number, _, _ in printed] == [("gaussian", 0), ("spectrum", 0)]
-    for kind, _, preference, largest in printed:
-        assert [float(preference)] == pytest.approx(either.view("untrained-gap").null[kind], abs=1e-3)
-        assert [float(largest)] == pytest.approx(either.view("untrained-component").null[kind], abs=1e-3)
+    draws = range(either.study.spec.untrained)
+    assert [row[:2] for row in printed] == [(kind, number) for kind in ("gaussian", "spectrum") for number in draws]
+    for kind in ("gaussian", "spectrum"):
+        rows = [row for row in printed if row[0] == kind]
+        assert [float(row[2]) for row in rows] == pytest.approx(either.view("untrained-gap").null[kind], abs=1e-3)
+        assert [float(row[3]) for row in rows] == pytest.approx(either.view("untrained-component").null[kind], abs=1e-3)
         ((grid,),) = printed_by(either, f"untrained-{kind}")
         assert np.allclose(numbers(grid), either.view(f"untrained-{kind}").values, atol=1e-3)
 

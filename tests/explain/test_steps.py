@@ -57,7 +57,7 @@ def test_the_card_plans_what_the_loaded_model_runs(folder: Path, subject: Any, s
     ("change", "touched"),
     [
         ({"top": 5}, {"sufficiency", "random"}),
-        ({"random_sets": 60}, {"random"}),
+        ({"random_sets": 40}, {"random"}),
         ({"untrained": 3}, {"untrained"}),
         ({"sigmas": 2.0}, set()),  # no noise where there is a corrupt prompt
         ({"draws": 7}, set()),

@@ -121,12 +121,28 @@ def test_a_folder_that_appears_meanwhile_is_filled(tmp_path: Path, monkeypatch: 
 
 
 def test_stages_of_killed_processes_go_after_an_hour(tmp_path: Path) -> None:
-    old, young = tmp_path / "out" / ".assay-out-1-aa", tmp_path / "out" / ".assay-out-2-bb"
-    for stage in (old, young):
+    old, young = (tmp_path / "out" / f".assay-stage-out-{i}-{'a' * 12}" for i in (1, 2))
+    others = [
+        tmp_path / "out" / name for name in (".assay-notes", ".assay-stage-other-1-" + "a" * 12, ".assay-stage-out")
+    ]
+    for stage in (old, young, *others):
         stage.mkdir(parents=True)
         (stage / "half").write_text("half")
     two_hours_ago = time.time() - 7200
-    os.utime(old, (two_hours_ago, two_hours_ago))
+    for stage in (old, *others):
+        os.utime(stage, (two_hours_ago, two_hours_ago))
     write_folder(tmp_path / "out", FILES)
     assert not old.exists()
     assert young.exists()
+    assert all(other.exists() for other in others), "what assay did not stage for this folder is not touched"
+
+
+def test_nothing_is_replaced_when_one_file_cannot_be(tmp_path: Path) -> None:
+    write_folder(tmp_path / "out", FILES)
+    before = content(tmp_path)
+    last = list(FILES)[-1]
+    (tmp_path / "out" / last).unlink()
+    (tmp_path / "out" / last).mkdir()
+    with pytest.raises(OutputError, match="is a folder, and a file has to go there"):
+        write_folder(tmp_path / "out", dict.fromkeys(FILES, b"new"))
+    assert content(tmp_path) == {name: data for name, data in before.items() if not name.endswith(last)}

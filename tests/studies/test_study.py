@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -420,3 +422,41 @@ def test_clearing_the_cache_leaves_the_models(study: Study, home: Path, log: Log
     clear_cache(models=True)
     assert not (home / "models").exists()
     assert (home / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("out", ["", "  "])
+def test_an_output_folder_without_a_name_is_refused(study: Study, log: Log, out: str) -> None:
+    with pytest.raises(OutputError, match="the output folder's name is empty"):
+        study.run(out=out)
+    assert log() == []
+
+
+def test_an_output_folder_of_an_unknown_user_is_refused(study: Study) -> None:
+    with pytest.raises(OutputError, match="home folder of a user"):
+        study.run(out="~nobody-of-that-name/x")
+
+
+def test_an_output_folder_beside_one_that_is_not_there(study: Study, tmp_path: Path) -> None:
+    outcome = execute(study, out=tmp_path / "never" / ".." / "out")
+    assert outcome.out == tmp_path / "out"
+    assert (tmp_path / "out" / "study.json").is_file()
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_empty_file_name_is_refused(study: Study) -> None:
+    with pytest.raises(SpecError, match="weights: is empty") as caught:
+        Study(method="tally", model=study.model, spec={"prompt": PROMPT, "weights": ""}).run()
+    assert caught.value.field == "weights"
+
+
+def test_another_tokenizer_is_another_study(study: Study, tiny_tokenizer: Any, log: Log) -> None:
+    """A tokenizer passed in changes every key, and the plan sees the same keys as the run."""
+    study.run()
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["Mary and John"])
+    subject = load(study.model, tokenizer=other)
+    assert [planned.cached for planned in study.plan(subject).steps] == [False, False]
+    assert study.run(subject).findings[0].n < study.run().findings[0].n
+    assert log() == ["measure", "draws"] * 2
+    again = study.plan(subject)
+    assert (again.finished, [planned.cached for planned in again.steps]) == (True, [True, True])

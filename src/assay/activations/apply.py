@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.activations.edits import Ablate, Edit, Where
+from assay.activations.edits import Ablate, Edit, Patch, Where
 from assay.base.errors import InvalidEdit
 from assay.subjects.points import Point
-from assay.subjects.tokens import Batch
+from assay.subjects.tokens import Batch, is_whole_number, whole_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +147,8 @@ def _groups(placed: Placed, window: Window, y: Tensor) -> list[tuple[list[int] |
     low, high = window.span
     everything = low == window.first and high == window.last
     positions = getattr(edit, "positions", None)
+    if positions is None and isinstance(edit, Patch) and (window.batch.padded or edit.padded):
+        positions = slice(None)
     if positions is None:
         columns = None if everything else [c - window.first for c in range(low, high)]
         return [(None if rows is None else [r for r, _ in rows], base, columns)]
@@ -196,13 +198,15 @@ def _heads(placed: Placed, point: Point, y: Tensor) -> int | list[int] | None:
         chosen = _integers(wanted, y.shape[2])
     except (IndexError, TypeError, ValueError) as error:
         raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): heads={wanted!r}: {error}") from None
-    return chosen[0] if isinstance(wanted, int) else chosen
+    return chosen if isinstance(wanted, slice) or not is_whole_number(wanted) else chosen[0]
 
 
 def _integers(selector: Any, size: int) -> list[int]:
     if isinstance(selector, slice):
         return list(range(*selector.indices(size)))
-    many = [selector] if isinstance(selector, int) else [int(i) for i in selector]
+    many = whole_numbers(selector)
+    if not many:
+        raise IndexError("nothing is selected")
     for i in many:
         if not -size <= i < size:
             raise IndexError(f"{i} is outside 0 to {size - 1}")

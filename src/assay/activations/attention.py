@@ -83,17 +83,29 @@ def _attend(
 def _inside(
     run: RunState, scores_at: Request | None, pattern_at: Request | None, scores: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    scores = _serve(run, scores_at, scores)
-    return _serve(run, pattern_at, scores.softmax(-1, dtype=torch.float32).to(dtype))
+    blocked = scores <= torch.finfo(scores.dtype).min / 2
+    scores = _serve(run, scores_at, scores, blocked, scores)
+    pattern = scores.softmax(-1, dtype=torch.float32).to(dtype)
+    return _serve(run, pattern_at, pattern, blocked, torch.zeros_like(pattern))
 
 
-def _serve(run: RunState, request: Request | None, value: Tensor) -> Tensor:
+def _serve(
+    run: RunState,
+    request: Request | None,
+    value: Tensor,
+    blocked: Tensor | None = None,
+    closed: Tensor | None = None,
+) -> Tensor:
+    """Edit and capture; keys that a query cannot see stay closed to it, whatever an edit says."""
     if request is None:
         return value
     request.fired = True
     new = apply_edits(value, request.edits, run.window, request.point) if request.edits else value
+    raw = new
+    if (request.edits or run.keep_graph) and blocked is not None and closed is not None:
+        new = torch.where(blocked, closed, new)
     if request.captures:
-        run.keep(request, new, new)
+        run.keep(request, new, raw)
     return new
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from assay.activations.apply import Placed, Window, apply_edits
+from assay.activations.current import CURRENT
 from assay.activations.values import named
 from assay.base.errors import SiteNotFired
 from assay.base.sites import Site
 from assay.subjects.points import Point, Traffic
-
-CURRENT: ContextVar[RunState | None] = ContextVar("assay_run", default=None)
 
 
 @dataclass(slots=True)
@@ -137,4 +135,5 @@ class RunState:
 
 def current_run() -> RunState | None:
     """The run that this thread (or task) is in the middle of, if any."""
-    return CURRENT.get()
+    run: RunState | None = CURRENT.get()
+    return run

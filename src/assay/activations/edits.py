@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from assay.activations.current import no_run
 from assay.activations.values import Run
 from assay.base.errors import InvalidEdit
 from assay.subjects.tokens import Batch
@@ -72,13 +73,17 @@ class Where:
 
 
 def _broadcast(value: Any, x: Tensor, edit: Edit) -> Tensor:
-    if not isinstance(value, Tensor):
-        return torch.as_tensor(value, dtype=x.dtype, device=x.device)
     try:
-        return value.to(device=x.device, dtype=x.dtype).expand(x.shape)
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidEdit(
+            f"{type(edit).__name__}({edit.site!r}): a number or a tensor is needed, not {value!r:.60}"
+        ) from None
+    try:
+        return tensor.to(device=x.device, dtype=x.dtype).expand(x.shape)
     except RuntimeError:
         raise InvalidEdit(
-            f"{type(edit).__name__}({edit.site!r}): a value shaped {tuple(value.shape)} does not broadcast to "
+            f"{type(edit).__name__}({edit.site!r}): a value shaped {tuple(tensor.shape)} does not broadcast to "
             f"what is selected, {tuple(x.shape)}"
         ) from None
 
@@ -179,6 +184,8 @@ class Ablate(Edit):
             return torch.zeros_like(x) + _broadcast(self.value, x, self)
         if self.value == "zero":
             return torch.zeros_like(x)
+        if self.value != "mean":
+            raise InvalidEdit(f"Ablate({self.site!r}): {self.value!r:.60} is not 'zero', 'mean' or a tensor")
         assert where.mean is not None
         mean = where.mean
         if where.head is not None:
@@ -225,15 +232,15 @@ class Patch(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """The source's value for these rows and columns."""
-        source, starts = self._source(where)
+        source = self._source(where)
+        size = source.shape[0]
         picked = []
         for row in where.rows:
-            at = row if source.shape[0] > 1 else 0
-            if at >= source.shape[0]:
-                raise InvalidEdit(
-                    f"Patch({self.site!r}): the source has {source.shape[0]} rows, row {row} was asked for"
-                )
-            picked.append(self._columns(source[at], starts[at] if starts else 0, where, row))
+            at = row if size > 1 else 0
+            if at >= size:
+                raise InvalidEdit(f"Patch({self.site!r}): the source has {size} rows, row {row} was asked for")
+            columns = self._columns(source, at, where, row)
+            picked.append(source[at] if columns is None else source[at][columns])
         value = torch.stack(picked)
         if value.shape != x.shape:
             raise InvalidEdit(
@@ -242,42 +249,51 @@ class Patch(Edit):
             )
         return value.to(device=x.device, dtype=x.dtype)
 
-    def _source(self, where: Where) -> tuple[Tensor, tuple[int, ...] | None]:
+    @property
+    def padded(self) -> bool:
+        """Whether the source's rows are padded, so that columns and positions are not the same thing."""
+        return isinstance(self.value, Run) and self.value.batch.padded
+
+    def _source(self, where: Where) -> Tensor:
         """The source as `[rows, positions, (heads,) features]`, heads selected."""
-        if isinstance(self.value, Run):
-            tensor, starts = self.value.whole(self.site), self.value.batch.starts
-        else:
-            tensor, starts = self.value, None
+        tensor = self.value.whole(self.site) if isinstance(self.value, Run) else self.value
+        if not isinstance(tensor, Tensor) or tensor.ndim < 3:
+            raise InvalidEdit(f"Patch({self.site!r}): a Run or a tensor [rows, positions, ...] is needed")
         tensor = tensor.transpose(1, 2) if where.transposed and tensor.ndim == 4 else tensor
         if where.head is not None and tensor.ndim == 4:
-            return tensor[:, :, where.head], starts
+            return tensor[:, :, where.head]
         if where.heads is not None:
-            return tensor[:, :, where.heads], starts
-        return tensor, starts
+            if tensor.ndim != 4:
+                raise InvalidEdit(f"Patch({self.site!r}): heads are selected, and the source has no heads")
+            return tensor[:, :, where.heads]
+        return tensor
 
-    def _columns(self, row: Tensor, start: int, where: Where, base_row: int) -> Tensor:
-        if self.source_positions is not None:
-            return row[self._source_columns(row, base_row)]
-        if where.columns is None:
-            return row
-        relative = [column - where.starts[base_row] + start for column in where.columns]
-        if max(relative, default=0) >= row.shape[0]:
-            raise InvalidEdit(
-                f"Patch({self.site!r}): the source has {row.shape[0]} positions, position {max(relative)} was asked for"
-            )
-        return row[relative]
-
-    def _source_columns(self, row: Tensor, base_row: int) -> list[int]:
+    def _columns(self, source: Tensor, at: int, where: Where, base_row: int) -> list[int] | None:
+        """The source's columns for one row: the same positions of its own prompt; None for every column."""
         if isinstance(self.value, Run):
             batch = self.value.batch
         else:
-            batch = Batch(ids=row.new_zeros(1, row.shape[0]), starts=(0,), lengths=(row.shape[0],))
-        try:
-            columns = batch.columns(self.source_positions)
-        except IndexError as error:
-            raise InvalidEdit(f"Patch({self.site!r}): source_positions: {error}") from None
-        assert columns is not None
-        return columns[base_row if len(columns) > 1 else 0]
+            batch = Batch(
+                ids=torch.zeros(source.shape[:2]).long(),
+                starts=(0,) * len(source),
+                lengths=(source.shape[1],) * len(source),
+            )
+        if self.source_positions is not None:
+            try:
+                columns = batch.columns(self.source_positions)
+            except (IndexError, TypeError) as error:
+                raise InvalidEdit(f"Patch({self.site!r}): source_positions: {error}") from None
+            return None if columns is None else columns[at]
+        if where.columns is None:
+            return None
+        relative = [column - where.starts[base_row] for column in where.columns]
+        outside = [position for position in relative if not 0 <= position < batch.lengths[at]]
+        if outside:
+            raise InvalidEdit(
+                f"Patch({self.site!r}): the source has {batch.lengths[at]} positions, position {outside[0]} was "
+                f"asked for"
+            )
+        return [batch.starts[at] + position for position in relative]
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +307,8 @@ class Apply(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """`value(x)`, which must keep the shape."""
-        new = self.value(x)
+        with no_run():
+            new = self.value(x.clone())
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise InvalidEdit(f"Apply({self.site!r}): the function returned {got} for a tensor shaped {tuple(x.shape)}")
@@ -299,7 +316,13 @@ class Apply(Edit):
 
 
 def _unit_rows(value: Tensor, x: Tensor, edit: Edit) -> Tensor:
-    rows = value.reshape(-1, value.shape[-1]).to(device=x.device, dtype=x.dtype)
+    try:
+        value = torch.as_tensor(value)
+        rows = value.reshape(-1, value.shape[-1]).to(device=x.device, dtype=x.dtype)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        raise InvalidEdit(
+            f"{type(edit).__name__}({edit.site!r}): directions [k, d] are needed, not {value!r:.60}"
+        ) from None
     if rows.shape[-1] != x.shape[-1]:
         raise InvalidEdit(
             f"{type(edit).__name__}({edit.site!r}): directions of width {rows.shape[-1]} at a site of width "

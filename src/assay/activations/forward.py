@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -84,11 +84,11 @@ def forward(
     Returns:
         Logits, captured tensors, gradients.
     """
+    model.require_eval()
     requests = plan_requests(model, capture, edits)
     state = RunState(requests, Window(batch), keep_graph=grad is not None)
-    with nullcontext() if grad is not None else torch.no_grad(), running(state):
-        if grad is not None:
-            torch.set_grad_enabled(True)
+    mode = _graph() if grad is not None else torch.no_grad()
+    with mode, running(state):
         handle = _root_gradient(model) if grad is not None else None
         try:
             output = call(model, batch, **(options or {}))
@@ -102,8 +102,22 @@ def forward(
         head_dims={name: request.point.head_dim for name, request in requests.items()},
         resolve=model.site,
     )
-    run = Run(logits=named(logits.detach(), ("batch", "pos", "vocab")[: logits.ndim]), batch=batch, captured=captured)
-    return run if grad is None else _with_gradient(run, state, grad, logits)
+    if grad is not None:
+        with _graph():
+            return _with_gradient(_result(logits, batch, captured), state, grad, logits)
+    return _result(logits, batch, captured)
+
+
+@contextmanager
+def _graph() -> Iterator[None]:
+    """Record a graph, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _result(logits: Tensor, batch: Batch, captured: Captured) -> Run:
+    dims = ("batch", "pos", "vocab")[: logits.ndim]
+    return Run(logits=named(logits.detach(), dims), batch=batch, captured=captured)
 
 
 def _logits(output: Any) -> Tensor:

@@ -37,26 +37,11 @@ def generate(
     Raises:
         SpecError: If edits or captures are given without saying where they apply, or with beam search.
     """
-    if (edits or capture) and apply_to not in get_args(ApplyTo):
-        raise SpecError(
-            f"apply_to={apply_to!r}: say whether edits and captures apply to the 'prompt', the 'new' tokens or 'all'",
-            "apply_to",
-        )
-    if options.get("num_beams", 1) != 1:
-        raise SpecError("edits and captures follow rows, and beam search permutes them: use num_beams=1", "num_beams")
-    if any(isinstance(edit, Ablate) and edit.needs_mean for edit in edits):
-        raise SpecError(
-            "Ablate(..., 'mean') needs all of a run's tokens, which generation does not have: give a tensor"
-        )
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if options.get(name) is not None:
-            raise SpecError(f"{name}= drafts tokens and takes some back; edits and captures cannot follow that", name)
-    if any(start + length != batch.width for start, length in zip(batch.starts, batch.lengths, strict=True)):
-        raise SpecError("generation needs padding on the left: give texts, or a mask whose rows end with real tokens")
+    _check(model, batch, edits, capture, apply_to, max_new_tokens, options)
     low, high = {"prompt": (0, batch.width), "new": (batch.width, None)}.get(apply_to or "all", (0, None))
     window = Window(batch, width=0, low=low, high=high)
     state = RunState(plan_requests(model, capture, edits), window, append=True)
-    cached = bool(options.get("use_cache", True))
+    cached = bool(_setting(model, options, "use_cache", True))
     tracker = model.point(model.site("embed")).module.register_forward_pre_hook(_advance(state, cached, model))
     config = {
         "max_new_tokens": max_new_tokens,
@@ -65,6 +50,9 @@ def generate(
         "output_logits": True,
         "return_dict_in_generate": True,
         **options,
+        "use_cache": cached,
+        "num_beams": 1,
+        "num_return_sequences": 1,
     }
     try:
         with torch.no_grad(), running(state):
@@ -83,6 +71,41 @@ def generate(
     return Run(logits=logits, batch=batch, captured=captured, generated=output.sequences)
 
 
+def _check(
+    model: Model,
+    batch: Batch,
+    edits: Sequence[Edit],
+    capture: str | Sequence[str],
+    apply_to: str | None,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> None:
+    """Refuse what edits and captures cannot follow."""
+    if (edits or capture) and apply_to not in get_args(ApplyTo):
+        raise SpecError(
+            f"apply_to={apply_to!r}: say whether edits and captures apply to the 'prompt', the 'new' tokens or 'all'",
+            "apply_to",
+        )
+    model.require_eval()
+    for name in ("num_beams", "num_return_sequences"):
+        if _setting(model, options, name, 1) not in (1, None):
+            raise SpecError(f"edits and captures follow rows, and {name} changes them: use {name}=1", name)
+    for name in ("return_dict_in_generate", "output_logits"):
+        if name in options:
+            raise SpecError(f"{name}= is set here already: the run has the tokens and the logits", name)
+    if max_new_tokens < 1:
+        raise SpecError(f"max_new_tokens={max_new_tokens}: at least 1", "max_new_tokens")
+    if any(isinstance(edit, Ablate) and edit.needs_mean for edit in edits):
+        raise SpecError(
+            "Ablate(..., 'mean') needs all of a run's tokens, which generation does not have: give a tensor"
+        )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if options.get(name) is not None:
+            raise SpecError(f"{name}= drafts tokens and takes some back; edits and captures cannot follow that", name)
+    if any(start + length != batch.width for start, length in zip(batch.starts, batch.lengths, strict=True)):
+        raise SpecError("generation needs padding on the left: give texts, or a mask whose rows end with real tokens")
+
+
 def _advance(state: RunState, cached: bool, model: Model) -> Any:
     """Before each forward: move the window to the columns this forward covers."""
 
@@ -96,6 +119,17 @@ def _advance(state: RunState, cached: bool, model: Model) -> Any:
             state.pieces.clear()
 
     return hook
+
+
+def _setting(model: Model, options: dict[str, Any], name: str, default: Any) -> Any:
+    """A setting of generation: from the call, from a configuration given with it, or from the module's own."""
+    if name in options:
+        return options[name]
+    for config in (options.get("generation_config"), getattr(model.module, "generation_config", None)):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return default
 
 
 def _join(pieces: list[Tensor]) -> Tensor:

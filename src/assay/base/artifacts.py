@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from assay.base.errors import DamagedFile, OutputError
+from assay.base.errors import AssayError, DamagedFile, OutputError
 
 _STEP_FORMAT = "assay-step/1"
 _TEMPORARY = ".tmp-"
@@ -29,10 +29,33 @@ _ORPHAN_SECONDS = 3600.0
 """A temporary file this old belongs to a process that was killed."""
 
 
+def user_path(path: str | Path, error: Callable[[str], AssayError] = OutputError) -> Path:
+    """Return `path` with a leading `~` or `~name` replaced by that user's home folder.
+
+    Args:
+        path: A path as a user wrote it.
+        error: Makes the error from a message.
+
+    Raises:
+        AssayError: There is no such user; it is what `error` made.
+
+    Example:
+        >>> user_path("runs/mine").as_posix()
+        'runs/mine'
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise error(f"{str(path)!r} begins with the home folder of a user that this machine does not know") from None
+
+
 def home() -> Path:
     """Return the folder that holds everything assay keeps: `$ASSAY_HOME`, else `assay` in the user's cache folder.
 
     The cache folder is `$XDG_CACHE_HOME` where that is set, else `~/.cache`. The folder is not created.
+
+    Raises:
+        OutputError: The variable names the home folder of an unknown user.
 
     Example:
         >>> from unittest import mock
@@ -41,10 +64,10 @@ def home() -> Path:
         '/data/assay'
     """
     if configured := os.environ.get("ASSAY_HOME"):
-        return Path(configured).expanduser()
+        return user_path(configured, lambda said: OutputError(f"ASSAY_HOME: {said}"))
     if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).expanduser() / "assay"
-    return Path.home() / ".cache" / "assay"
+        return user_path(cache, lambda said: OutputError(f"XDG_CACHE_HOME: {said}")) / "assay"
+    return user_path("~/.cache/assay")
 
 
 def output_error(path: Path, cause: BaseException) -> OutputError:

@@ -162,7 +162,7 @@ def _split_head(rest: str, gated: bool) -> tuple[str | None, int | None]:
 
 def _last_number(rest: str) -> tuple[str, int | None]:
     stem, _, last = rest.rpartition(".")
-    return (stem, int(last)) if last.isdigit() else ("", None)
+    return (stem, int(last)) if last.isascii() and last.isdigit() else ("", None)
 
 
 def _parse_module(name: str) -> Site:

@@ -45,7 +45,7 @@ class Common:
         ),
     ]
     out: Annotated[
-        Path | None,
+        str | None,
         arg(
             aliases=("-o",),
             metavar="FOLDER",

@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from assay.base.artifacts import user_path
 from assay.base.errors import SpecError, TokenError
 from assay.explain.spec import ExplainSpec
 from assay.subjects.words import Tokenizer, single_token
@@ -149,7 +151,8 @@ def content_positions(tokens: Sequence[str]) -> tuple[int, ...]:
 
 def _variations(text: Tokenizer, spec: ExplainSpec, path: Path) -> tuple[Question, ...]:
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
+        file = user_path(path, partial(SpecError, field="vary"))
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SpecError(f"the file {str(path)!r} cannot be read: {reason}", "vary") from None
@@ -172,7 +175,7 @@ def _variations(text: Tokenizer, spec: ExplainSpec, path: Path) -> tuple[Questio
 def _row(line: str, with_corrupt: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise SpecError(f"a JSON object is needed, not {type(row).__name__}")

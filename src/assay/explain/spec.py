@@ -39,7 +39,9 @@ class ExplainSpec(BaseModel):
     untrained: int = Field(
         default=10, ge=1, description="How many draws of each kind of untrained weights everything is held against."
     )
-    sigmas: float = Field(default=3.0, gt=0, description="Noise on embeddings, in their standard deviations.")
+    sigmas: float = Field(
+        default=3.0, gt=0, allow_inf_nan=False, description="Noise on embeddings, in their standard deviations."
+    )
     draws: int = Field(default=3, ge=1, description="How many draws of that noise effects are averaged over.")
 
     def title(self) -> str:

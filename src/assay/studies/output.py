@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from assay.base.artifacts import output_error
 from assay.base.errors import OutputError
 
-_STAGE = ".assay-"
+_STAGE = ".assay-stage-"
 _ORPHAN_SECONDS = 3600.0
 LEAST_FREE = 1 << 20
 """Bytes that must be free before a run starts; a report needs a few hundred kilobytes."""
@@ -40,7 +41,7 @@ def check_writable(path: Path, *, what: str) -> None:
                 made.append(folder)
             elif not folder.is_dir():
                 raise OutputError(f"{what} {str(path)!r} cannot be used: {str(folder)!r} is a file, not a folder")
-        trial = path / f"{_STAGE}{secrets.token_hex(6)}"
+        trial = path / f".assay-trial-{secrets.token_hex(6)}"
         try:
             trial.write_bytes(b"assay")
         finally:
@@ -75,13 +76,14 @@ def write_folder(path: Path, files: Mapping[str, bytes | Path]) -> None:
     stage = (path if exists else path.parent) / f"{_STAGE}{path.name[:40]}-{os.getpid()}-{secrets.token_hex(6)}"
     try:
         stage.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(stage.parent)
+        _sweep(stage.parent, path.name)
         stage.mkdir()
         for name, content in files.items():
             _fill(stage / name, content)
         if not exists and _became(stage, path):
             return
         stale = _listed_artifacts(path) - set(files)
+        _check_replaceable(path, files)
         for name in files:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (stage / name).replace(path / name)
@@ -125,9 +127,23 @@ def _listed_artifacts(path: Path) -> set[str]:
         return set()
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the staging folders of processes that were killed more than an hour ago."""
-    for leftover in folder.glob(f"{_STAGE}*"):
+def _check_replaceable(path: Path, files: Iterable[str]) -> None:
+    """Refuse, before anything is replaced, a folder where a file has to go and a file where a folder has to."""
+    for name in files:
+        target = path / name
+        if target.is_dir():
+            raise OutputError(f"{str(target)!r} is a folder, and a file has to go there; choose another output folder")
+        if target.parent.exists() and not target.parent.is_dir():
+            raise OutputError(
+                f"{str(target.parent)!r} is a file, and a folder has to go there; choose another output folder"
+            )
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove the staging folders of this output folder whose processes were killed more than an hour ago."""
+    ours = re.compile(re.escape(f"{_STAGE}{name[:40]}") + r"-\d+-[0-9a-f]{12}")
+    for leftover in folder.iterdir():
         with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _ORPHAN_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+            old = time.time() - leftover.stat().st_mtime > _ORPHAN_SECONDS
+            if old and ours.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assay.base.errors import AssayError
+from assay.base.artifacts import user_path
+from assay.base.errors import AssayError, OutputError
 from assay.base.findings import Cost, Findings
 from assay.base.method import Method, Plan, PlannedStep
 from assay.studies.cards import method_card
@@ -75,7 +77,9 @@ def execute(
 ) -> Outcome:
     """Run the study and return its findings with how they came about; see `Study.run`."""
     begun = time.perf_counter()
-    folder = None if out is None else Path(out).expanduser().absolute()
+    if out is not None and not str(out).strip():
+        raise OutputError("the output folder's name is empty: name a folder, such as runs/mine")
+    folder = None if out is None else Path(os.path.abspath(user_path(out)))  # noqa: PTH100 (resolves ".." in a new path)
     if folder is not None:
         check_writable(folder, what="the output folder")
 

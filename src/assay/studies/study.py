@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from assay.base.artifacts import user_path
 from assay.base.errors import SpecError
 from assay.base.hashing import digest, file_sha256
 from assay.base.method import Method, Plan
@@ -64,8 +66,10 @@ class Study(BaseModel):
             path = getattr(self.spec, name)
             if not isinstance(extra, dict) or not extra.get("file") or path is None:
                 continue
+            if str(path) == ".":  # what an empty text becomes as a path
+                raise SpecError(f"{name}: is empty, and a file is needed", field=name)
             try:
-                identity[name] = {"sha256": file_sha256(Path(path).expanduser())}
+                identity[name] = {"sha256": file_sha256(user_path(path, partial(SpecError, field=name)))}
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise SpecError(f"{name}: cannot read {str(path)!r}: {reason}", field=name) from error

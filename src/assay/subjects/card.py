@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from assay.base.errors import LoadError, UnsupportedArchitecture
+from assay.base.errors import DamagedFile, LoadError, UnsupportedArchitecture
 
 
 class Card:
@@ -23,7 +23,7 @@ class Card:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration, as written."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return config
 
     def _number(self, *names: str) -> int:
@@ -71,13 +71,17 @@ class Card:
 
         Raises:
             LoadError: If the folder has no tokenizer.json.
+            DamagedFile: If that file cannot be read.
         """
         from tokenizers import Tokenizer
 
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise LoadError(f"{self.folder.name} has no tokenizer.json")
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            raise DamagedFile(f"the tokenizer of {self.folder.name} could not be read: {error}") from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, with or without the special tokens the tokenizer adds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,9 @@ from torch import nn
 from assay.base.artifacts import home
 from assay.base.errors import DamagedFile, LoadError, MissingExtra, UnsupportedArchitecture
 from assay.subjects.sources import Notify, Source
+
+_HARMLESS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|self_attn)\.(masked_)?bias)$")
+"""Buffers that older checkpoints carry and that a model makes for itself."""
 
 
 def load_source(source: Source, notify: Notify | None = None) -> tuple[nn.Module, Any]:
@@ -52,22 +56,40 @@ def _load_folder(folder: Path, ref: str) -> tuple[nn.Module, Any]:
             module, found = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (ValueError, KeyError) as error:
-            raise UnsupportedArchitecture(f"transformers does not load {ref!r} as a language model: {error}") from None
         except Exception as error:
+            if isinstance(error, ValueError | KeyError) and not _is_language_model(folder):
+                raise UnsupportedArchitecture(
+                    f"transformers does not load {ref!r} as a language model: {error}"
+                ) from None
             raise DamagedFile(f"the weights of {ref!r} could not be read: {type(error).__name__}: {error}") from None
         _check_complete(found, ref)
         return module.eval(), _tokenizer(folder, ref)
 
 
+def _is_language_model(folder: Path) -> bool:
+    """Whether transformers has a causal language model for the folder's configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        return type(AutoConfig.from_pretrained(folder, local_files_only=True)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    except Exception:
+        return False
+
+
 def _check_complete(found: Mapping[str, Any], ref: str) -> None:
-    """Refuse weights that transformers made up, because the files had none or had them in another shape."""
+    """Refuse weights that transformers made up, and weights in the files that it has no place for."""
     absent = sorted(found["missing_keys"])
     other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
     for names, what in ((absent, "are not in the files"), (other, "have another shape in the files")):
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise DamagedFile(f"{len(names)} of the weights of {ref!r} {what}, and would be random: {shown}")
+    if extra := sorted(key for key in found["unexpected_keys"] if not _HARMLESS.search(key)):
+        shown = ", ".join(extra[:3]) + (", ..." if len(extra) > 3 else "")
+        raise DamagedFile(
+            f"{len(extra)} of the weights in the files of {ref!r} have no place in the model that its configuration "
+            f"describes, and would be left out: {shown}"
+        )
 
 
 def _tokenizer(folder: Path, ref: str) -> Any:

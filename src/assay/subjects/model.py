@@ -28,6 +28,7 @@ class Model:
         architecture: The map of its family, or None for `module:` sites alone.
         name: How the user referred to it.
         fingerprint: A hash of the files the weights came from; computed from the module when not given.
+        own_tokenizer: The tokenizer did not come with those files, so the fingerprint has to cover it.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Model:
         architecture: ArchitectureMap | None = None,
         name: str = "",
         fingerprint: str | None = None,
+        own_tokenizer: bool = False,
     ) -> None:
         self.module = module
         self.tokenizer = tokenizer
@@ -45,6 +47,7 @@ class Model:
         self.name = name or type(module).__name__
         self._refused = ""
         self._source_fingerprint = fingerprint
+        self._own_tokenizer = own_tokenizer
         self._marks = _marks(module) if fingerprint is not None else ()
 
     def refuse(self, why: str) -> None:
@@ -83,6 +86,17 @@ class Model:
             raise UnsupportedArchitecture(f"{type(self.module).__name__} has no standard sites: {why}")
         return Parts(self.module, self.architecture)
 
+    def require_eval(self) -> None:
+        """Refuse a module in training mode, where dropout makes every run different.
+
+        Raises:
+            SpecError: If the module has standard sites and is in training mode.
+        """
+        if self.architecture is not None and self.module.training:
+            raise SpecError(
+                f"{self.name} is in training mode, where dropout makes every run different: call .eval()", "model"
+            )
+
     @property
     def n_blocks(self) -> int:
         """The number of blocks (0 without an architecture map)."""
@@ -91,9 +105,10 @@ class Model:
     @property
     def fingerprint(self) -> str:
         """The source's own hash while the weights are as loaded; otherwise a hash of the weights and configuration."""
-        if self._source_fingerprint is not None and self._marks == _marks(self.module):
-            return self._source_fingerprint
-        return weights_hash(self.module)
+        loaded = self._source_fingerprint is not None and self._marks == _marks(self.module)
+        found = str(self._source_fingerprint) if loaded else weights_hash(self.module)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None) if self._own_tokenizer else None
+        return found if backend is None else hashlib.sha256(f"{found}{backend.to_str()}".encode()).hexdigest()
 
     def norm(self, site: str) -> Norm:
         """What the norm at `final_norm` or `blocks.i.norm1` computes."""
@@ -113,7 +128,10 @@ class Model:
     def expand(self, names: str | Sequence[str]) -> list[Site]:
         """Read names and patterns (`blocks.*.resid_post`), in order and without repeats."""
         gated = self.architecture is not None and self.architecture.mlp_gate is not None
-        given = [names] if isinstance(names, str) else list(names)
+        given = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else [names]
+        for name in given:
+            if not isinstance(name, str):
+                raise UnknownSite(f"sites are named by text, such as 'blocks.5.attn.z', not {name!r}")
         if self.architecture is None and any(not name.startswith("module:") and name != "logits" for name in given):
             _ = self.parts  # raises with the reason
         return [self.site(name) for name in expand_sites(given, self.n_blocks, gated=gated)]
@@ -154,6 +172,10 @@ class Model:
         """
         if isinstance(x, Tensor):
             batch = tokens.from_ids(x.to(self.device), mask)
+        elif mask is not None:
+            raise SpecError("a mask goes with token ids; texts are masked by their own length", "mask")
+        elif not isinstance(x, str | Sequence):
+            raise SpecError(f"a prompt is a text, a list of texts or token ids, not {type(x).__name__}", "x")
         elif self.tokenizer is None:
             raise SpecError("this subject has no tokenizer: give token ids, or load it with tokenizer=")
         else:
@@ -195,9 +217,17 @@ class Model:
             raise UnknownSite(f"no module {path!r} in {type(self.module).__name__}{nearest(path, valid)}") from None
 
 
-def _marks(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each parameter lives and how often it was written: different after an edit of the weights."""
-    return tuple((p.data_ptr(), p._version) for p in module.parameters())
+def _marks(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when weights, buffers or configuration do: versions, places, and a sample of the values."""
+    config: Any = getattr(module, "config", None)
+    text = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else ""
+    tensors = [*module.parameters(), *module.buffers()]
+    return (text, *((t.data_ptr(), t._version, _sample(t)) for t in tensors))
+
+
+def _sample(tensor: Tensor) -> float:
+    flat = tensor.detach().reshape(-1)
+    return float(flat[:: max(1, flat.numel() // 16)].double().sum()) if flat.numel() else 0.0
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -206,7 +236,7 @@ def weights_hash(module: nn.Module) -> str:
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_json_string"):
         state.update(config.to_json_string(use_diff=False).encode())
-    for name, tensor in module.state_dict().items():
+    for name, tensor in {**dict(module.named_buffers()), **module.state_dict()}.items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         state.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

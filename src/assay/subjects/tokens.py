@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,32 @@ class Batch:
         return [_row_columns(positions, start, n) for start, n in zip(self.starts, self.lengths, strict=True)]
 
 
+def is_whole_number(value: Any) -> bool:
+    """Whether a value is one integer, of Python, numpy or torch; booleans are not."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def whole_numbers(selector: Any) -> list[int]:
+    """One integer or several as a list.
+
+    Raises:
+        TypeError: If one of them is a boolean or a fraction.
+    """
+    if is_whole_number(selector):
+        return [operator.index(selector)]
+    values = selector.reshape(-1).tolist() if isinstance(selector, Tensor) else list(selector)
+    for value in values:
+        if not is_whole_number(value):
+            raise TypeError(f"whole numbers are needed (0 is the first), not {value!r}")
+    return [operator.index(value) for value in values]
+
+
 def _row_columns(positions: Any, start: int, length: int) -> list[int]:
     if isinstance(positions, str):
         if positions != "last":
@@ -91,7 +118,7 @@ def _row_columns(positions: Any, start: int, length: int) -> list[int]:
         positions = -1
     if isinstance(positions, slice):
         return [start + p for p in range(*positions.indices(length))]
-    many = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+    many = whole_numbers(positions)
     for p in many:
         if not -length <= p < length:
             raise IndexError(f"position {p} is outside a prompt of {length} tokens")
@@ -109,7 +136,7 @@ def from_ids(ids: Tensor, mask: Tensor | None = None) -> Batch:
         SpecError: If the ids are empty, not integers, or the mask has holes.
     """
     ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise SpecError(f"token ids must be integers shaped [batch, pos] and not empty, not {tuple(ids.shape)}")
     if mask is None:
         return Batch(ids=ids, starts=(0,) * len(ids), lengths=(ids.shape[1],) * len(ids))
@@ -145,6 +172,10 @@ def from_texts(tokenizer: Any, texts: Sequence[str], *, side: str = "left", spec
     Raises:
         SpecError: If there is no text or one gives no tokens.
     """
+    if side not in ("left", "right"):
+        raise SpecError(f"padding is on the 'left' or the 'right', not {side!r}", "padding")
+    if not all(isinstance(text, str) for text in texts):
+        raise SpecError("prompts are texts; token ids are given as a tensor [batch, pos]", "x")
     rows = [encode(tokenizer, text, special=special) for text in texts]
     if not rows:
         raise SpecError("no prompt was given")

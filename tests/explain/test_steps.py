@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from assay import Study
 from assay.base.errors import SpecError
+from assay.circuits import Task, patch_grid
 from assay.explain.inputs import read_inputs
 from assay.explain.spec import ExplainSpec
 from assay.explain.steps import Shape, Steps, curve_sizes, planned
@@ -133,13 +135,18 @@ def test_a_model_in_a_folder_is_explained_as_planned(
     folder: Path, subject: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASSAY_HOME", str(tmp_path))
-    spec = {"prompt": "When John went", "corrupt": "When Mary went", "random_sets": 2, "untrained": 1, "top": 4}
+    asked = {"prompt": "When John went", "corrupt": "When Mary went", "answer": " Mary", "foil": " John"}
+    spec = asked | {"random_sets": 2, "untrained": 1, "top": 4}
     study = Study(method="explain", model=str(folder), spec=spec)
     plan, outcome = study.plan(), execute(study)
     assert [planned.key for planned in plan.steps] == [step.key for step in outcome.steps]
-    found = next(finding for finding in outcome.findings if "baseline" in finding.tags)
-    logits = subject.run(["When John went", "When Mary went"]).logits[:, -1]
-    answer, foil = logits[0].topk(2).indices.tolist()
+    found = {finding.tags[-1]: finding.detail for finding in outcome.findings}
+    clean, corrupt, (answer,), (foil,) = (subject.tokenizer(text)["input_ids"] for text in asked.values())
+    task = Task.from_tokens(clean=clean, corrupt=corrupt, answer=answer, foil=foil)
+    logits = subject.run(torch.tensor([clean, corrupt])).logits[:, -1]
     expected = (logits[:, answer] - logits[:, foil]).tolist()
-    assert [found.detail["clean"], found.detail["corrupt"]] == pytest.approx(expected, abs=1e-5)
+    assert [found["baseline"]["clean"], found["baseline"]["corrupt"]] == pytest.approx(expected, abs=1e-5)
+    last = patch_grid(subject, task, "resid_pre", "denoising").normalised[:, -1].tolist()
+    assert last[0] < 0.5 < min(last[1:])  # the name is read in the first block here
+    assert found["residual"]["block"] == 1
     assert f"assay.load({str(folder)!r})" in outcome.findings.views[0].python

@@ -304,6 +304,17 @@ def test_a_cache_that_cannot_be_written_is_an_error(gguf_file: Path, home: Path)
         assay.load(str(gguf_file))
 
 
+def test_a_conversion_that_cannot_be_kept_leaves_nothing(gguf_file: Path, home: Path) -> None:
+    """Its place is taken by something that is not a model."""
+    place = resolve(str(gguf_file)).folder
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(LoadError, match="could not be kept"):
+        assay.load(str(gguf_file))
+    assert converted(home) == [place.name]
+    assert [path.name for path in place.iterdir()] == ["notes.txt"]
+
+
 # Modules of the user's own
 
 

@@ -119,17 +119,17 @@ EVENTS = [
 ]
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_with_and_without_a_terminal(terminal: bool) -> None:
+@pytest.mark.parametrize(("terminal", "term"), [(True, "xterm"), (True, "dumb"), (False, "xterm")])
+def test_progress_is_shown_with_and_without_a_terminal(terminal: bool, term: str) -> None:
     stream = io.StringIO()
-    console = Console(file=stream, width=80, force_terminal=terminal)
+    console = Console(file=stream, width=80, force_terminal=terminal, _environ={"TERM": term})
     with watching("tally", quiet=False, console=console) as watcher:
         for event in EVENTS:
             watcher(event)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     for text in ("[1/1] a: done in 2.0 s", "[2/2] b: from the cache", "discarded [something]", "loading [x]"):
         assert text in shown
-    assert ("\x1b[" in stream.getvalue()) == terminal
+    assert ("\x1b[2K" in stream.getvalue()) == (terminal and term != "dumb")
 
 
 def test_quiet_progress_still_says_what_was_damaged() -> None:

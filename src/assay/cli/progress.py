@@ -1,4 +1,4 @@
-"""Progress on standard error: two bars in a terminal, plain lines elsewhere."""
+"""Progress on standard error: two bars in a terminal that can draw them, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def watching(title: str, *, quiet: bool, console: Console | None = None) -> Iter
     console = console or Console(stderr=True, highlight=False)
     if quiet:
         yield lambda event: _notice(console, event)
-    elif console.is_terminal:
+    elif console.is_terminal and not console.is_dumb_terminal:
         with _Bars(title, console) as bars:
             yield bars
     else:

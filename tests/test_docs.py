@@ -22,7 +22,6 @@ import json
 import linecache
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,14 @@ import pytest
 import torch
 
 import assay
+from assay.activations.verification import model_types, record
 from assay.base.method import _METHODS
 from assay.base.sites import BLOCK_POINTS, GLOBAL_POINTS, parse_site
 from assay.cli.commands import Common
 from assay.explain.inputs import read_inputs
 from assay.explain.spec import ExplainSpec
 from assay.studies import load_methods
+from assay.subjects.tiny import tiny_model
 from assay.subjects.words import ModelText
 
 ROOT = Path(__file__).parent.parent
@@ -150,11 +151,11 @@ def table_rows(page: str, under: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[2:]]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_table_of_sites_is_the_grammar(family: str, tiny_module: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "mamba"])
+def test_the_table_of_sites_is_the_grammar(family: str) -> None:
     rows = table_rows("docs/sites.md", "<!-- checked by tests/test_docs.py -->")
     assert sorted(row[0].strip("`") for row in rows) == sorted([*GLOBAL_POINTS, *BLOCK_POINTS])
-    subject = assay.load(tiny_module(family))
+    subject = assay.load(tiny_model(family))
     run = subject.run(torch.tensor([[5, 9, 12], [7, 3, 8]]), capture=subject.sites())
     for site, dims, _, theirs in rows:
         name, prefix = site.strip("`"), "" if site.strip("`") in GLOBAL_POINTS else "blocks.1."
@@ -162,6 +163,24 @@ def test_the_table_of_sites_is_the_grammar(family: str, tiny_module: Callable[..
             assert str(parse_site(prefix + theirs.strip("`"))) == prefix + name
         if prefix + name in subject.sites():
             assert ", ".join(run[prefix + name].dims) == dims, name
+
+
+def test_the_table_of_sites_is_the_grammar_of_two_stacks() -> None:
+    rows = {row[0].strip("`"): row[1] for row in table_rows("docs/sites.md", "<!-- checked by tests/test_docs.py -->")}
+    subject = assay.load(tiny_model("t5"))
+    inputs = {"input_ids": torch.tensor([[5, 9, 12]]), "decoder_input_ids": torch.tensor([[1, 7]])}
+    run = subject.run(inputs, capture=subject.sites())
+    for name in subject.sites():
+        point = re.sub(r"^(encoder|decoder)\.(blocks\.\d\.)?", "", name)
+        assert ", ".join(run[name].dims) == rows[point], name
+
+
+def test_the_record_of_families_is_that_of_the_declarations() -> None:
+    rows = record()["types"]
+    assert [row["model_type"] for row in rows] == model_types()
+    assert {row["status"] for row in rows} == {"verified"}
+    page = (ROOT / "docs" / "families.md").read_text("utf-8")
+    assert all(f"`{model_type}`" in page for model_type in model_types())
 
 
 def test_every_option_of_the_command_line_has_its_row() -> None:

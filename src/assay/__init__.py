@@ -13,17 +13,20 @@ from assay.base.version import __version__
 if TYPE_CHECKING:
     from assay import circuits, controls, directions
     from assay.activations.edits import Ablate, Add, Apply, Clamp, Patch, ProjectOut, Scale, Set
+    from assay.activations.serving import limits
     from assay.activations.subject import Subject, load
     from assay.activations.values import Run
     from assay.base.errors import AssayError
     from assay.base.findings import Control, Finding, Findings
     from assay.studies import Study
+    from assay.subjects.positions import At, Span
 
 __all__ = [
     "Ablate",
     "Add",
     "Apply",
     "AssayError",
+    "At",
     "Clamp",
     "Control",
     "Finding",
@@ -33,12 +36,14 @@ __all__ = [
     "Run",
     "Scale",
     "Set",
+    "Span",
     "Study",
     "Subject",
     "__version__",
     "circuits",
     "controls",
     "directions",
+    "limits",
     "load",
 ]
 
@@ -47,6 +52,8 @@ _HOMES = {
         ("Ablate", "Add", "Apply", "Clamp", "Patch", "ProjectOut", "Scale", "Set"), "assay.activations.edits"
     ),
     **dict.fromkeys(("Subject", "load"), "assay.activations.subject"),
+    **dict.fromkeys(("At", "Span"), "assay.subjects.positions"),
+    "limits": "assay.activations.serving",
     "Run": "assay.activations.values",
     "AssayError": "assay.base.errors",
     **dict.fromkeys(("Control", "Finding", "Findings"), "assay.base.findings"),

@@ -234,6 +234,137 @@ def test_what_does_not_fit_is_refused() -> None:
         assay.Clamp("blocks.1.resid_post")
 
 
+def test_a_value_may_have_an_entry_for_each_row_and_position() -> None:
+    """The leading dimensions follow the order of rows= and positions=, however rows are grouped inside."""
+    subject, site = SUBJECTS["llama"], "blocks.1.attn.z"
+    rows = [IDS[0], IDS[0, :5], IDS[0, 2:8]]
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 9 - len(row) :], mask[i, 9 - len(row) :] = row, 1
+    generator = torch.Generator().manual_seed(0)
+    plain = subject.run(ids, mask=mask, capture=site)[site]
+
+    def check(edit: Any, expected: Tensor) -> None:
+        found = subject.run(ids, mask=mask, edits=[edit], capture=site)
+        assert torch.allclose(found[site], expected, atol=1e-6)
+        cells = [edit, assay.Scale("blocks.2.mlp.out", 0.5)]
+        for exact in ("auto", "forward"):
+            swept = subject.sweep(
+                subject.tokens(ids, mask=mask), cells, lambda x: x[:, -1, 5], reduce=None, exact=exact
+            )
+            assert torch.allclose(swept[0], found.logits[:, -1, 5], atol=1e-4)
+
+    value = torch.randn(3, 1, 4, 8, generator=generator)
+    check(assay.Add(site, value), plain + value)
+    value = torch.randn(3, 2, 4, 8, generator=generator)
+    expected = plain.clone()
+    for i, row in enumerate(rows):
+        expected[i, 9 - len(row) + 3], expected[i, -1] = value[i, 0], value[i, 1]
+    check(assay.Set(site, value, positions=[3, -1]), expected)
+    check(assay.Set(site, value[[2, 0, 1]], positions=[3, -1], rows=[2, 0, 1]), expected)
+    expected = plain.clone()
+    expected[2, [-1, 3]], expected[0, [-1, 2]] = value[0], value[1]
+    positions = [[8, 2], [0], [5, 0]]  # each row has its own
+    check(assay.Set(site, value[:2], positions=positions, rows=[2, 0]), expected)
+    expected = plain.clone()
+    expected[1:, :, 1] = value[:2, :1, 0]
+    check(assay.Ablate(site, value[:2, :1, 0], heads=1, rows=[1, 2]), expected)
+    for shape in ((2, 1, 4, 8), (3, 3, 4, 8)):
+        with pytest.raises(InvalidEdit, match=r"entries for the (3 rows|2 positions) selected"):
+            subject.run(ids, mask=mask, edits=[assay.Add(site, torch.ones(shape), positions=[0, 1])])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_positions_by_text_are_each_rows_own(padding: str, tiny_subject: Any) -> None:
+    texts = ["When Mary and John went to the store", "Paris and John"]
+    site, v = "blocks.2.resid_post", torch.ones(32)
+    options = {"padding": padding, "capture": site}
+    by_text = tiny_subject.run(texts, edits=[assay.Add(site, v, positions=assay.At(" John"))], **options)
+    by_index = tiny_subject.run(texts, edits=[assay.Add(site, v, positions=[[3], [-1]])], **options)
+    assert torch.equal(by_text[site], by_index[site])
+    plain = tiny_subject.run(texts, **options)[site]
+    assert int((by_text[site] != plain).any(-1).sum()) == 2
+    one = tiny_subject.run(texts, edits=[assay.Add(site, v, positions=assay.At(" went"), rows=0)], **options)
+    span = tiny_subject.run(texts, edits=[assay.Add(site, v, positions=assay.Span(19, 23), rows=0)], **options)
+    assert torch.equal(one[site], span[site])
+    cells = [assay.Ablate(f"blocks.{b}.attn.z", positions=assay.At(" John")) for b in range(6)]
+    batch = tiny_subject.tokens(texts, side="left")
+    expected = [tiny_subject.run(batch, edits=[cell]).logits[:, -1, 5] for cell in cells]
+    found = tiny_subject.sweep(batch, cells, lambda x: x[:, -1, 5], reduce=None)
+    assert torch.allclose(found, torch.stack(expected), atol=1e-4)
+    for wrong, message in (
+        (assay.At(" store"), "row 1: no tokens spell ' store'"),
+        (assay.Span(0, 20), "row 1: characters 0 to 20 of a text of 14"),
+    ):
+        with pytest.raises(InvalidEdit, match=message):
+            tiny_subject.run(texts, edits=[assay.Add(site, v, positions=wrong)])
+
+
+def test_a_patch_reads_where_the_source_says_it(tiny_subject: Any) -> None:
+    """The name stands at another position in the other prompt; each is found in its own."""
+    clean, corrupt, site = "When John and Mary went to the store", "Mary and John went", "blocks.3.resid_pre"
+    donor = tiny_subject.run(clean, capture=site)
+    edit = assay.Patch(site, donor, positions=assay.At(" John"), source_positions=assay.At(" John"))
+    ids = tiny_subject.run(corrupt, edits=[edit], capture=site)
+    (at,) = ids.batch.columns(assay.At(" John"))[0]
+    assert torch.equal(ids[site][0, at], donor[site][0, 1])
+    light = assay.Patch(site, donor.donor(site), positions=assay.At(" John"), source_positions=assay.At(" John"))
+    assert torch.equal(tiny_subject.run(corrupt, edits=[light]).logits, ids.logits)
+
+
+def test_raw_sites_refuse_what_their_shape_does_not_have() -> None:
+    """A raw module's tensor may have no positions or rows; they are then not guessed."""
+
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.flat, self.out = torch.nn.Embedding(128, 6), torch.nn.Identity(), torch.nn.Linear(6, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.flat(self.embed(ids).flatten(0, 1)).view(*ids.shape, 6)
+            logits: Tensor = self.out(x.mean(1))
+            return logits
+
+    subject, ids = assay.load(Pooled().eval()), torch.cat([IDS, IDS + 1])
+    edit = assay.Add("module:out.out", torch.ones(4), rows=1)
+    moved = subject.run(ids, edits=[edit]).logits - subject.run(ids).logits
+    assert torch.equal(moved.round(decimals=5), torch.tensor([[0.0] * 4, [1.0] * 4]))
+    cases: list[tuple[Any, str]] = [
+        (assay.Add("module:out.out", 1.0, positions=2), r"positions=2, and the site has no positions.*\(2, 4\)"),
+        (assay.Add("module:flat.out", 1.0, rows=1), r"\(18, 6\) and does not have the 2 rows"),
+        (assay.Add("module:flat.out", 1.0, positions=0), "no positions"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(InvalidEdit, match=message):
+            subject.run(ids, edits=[wrong])
+    assert not torch.equal(subject.run(ids, edits=[assay.Add("module:flat.out", 1.0)]).logits, subject.run(ids).logits)
+
+
+def test_half_precision_edits_keep_their_type_and_their_digits(tiny_module: Any) -> None:
+    """Directions are orthonormal to float32 inside; what leaves has the site's type."""
+    site = "blocks.1.resid_post"
+    directions = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    for dtype in (torch.bfloat16, torch.float16):
+        subject = assay.load(tiny_module("llama").to(dtype))
+        plain = subject.run(IDS, capture=site)[site]
+        for edit in (
+            assay.Add(site, directions[0], scale=2.0),
+            assay.Set(site, directions[0].double()),
+            assay.Scale(site, 0.5),
+            assay.Clamp(site, directions[0], low=0.0, high=0.0),
+            assay.Clamp(site, low=-0.5),
+            assay.Ablate(site, "mean"),
+            assay.Ablate(site, "noise"),
+            assay.Patch(site, plain.float() + 1),
+            assay.ProjectOut(site, directions),
+        ):
+            run = subject.run(IDS, edits=[edit], capture=site)
+            assert run[site].dtype == run.logits.dtype == dtype
+        basis = torch.linalg.qr(directions.T.double()).Q
+        exact = plain.double() - plain.double() @ basis @ basis.T
+        assert torch.allclose(run[site].double(), exact, atol=float(plain.abs().max()) * torch.finfo(dtype).eps)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _subjects(tiny_module: Any) -> None:
     SUBJECTS["llama"] = assay.load(tiny_module("llama"))

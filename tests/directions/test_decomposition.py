@@ -143,7 +143,7 @@ def test_a_model_that_writes_more_than_its_map_says_is_refused(tiny_module: Call
     module = tiny_module("llama")
     module.model.layers[1].__class__ = Extra
     ids = torch.tensor([[5, 17, 40]])
-    with pytest.raises(UnsupportedArchitecture, match=r"blocks.1: what enters plus attention plus MLP leaves"):
+    with pytest.raises(UnsupportedArchitecture, match=r"blocks.1: what enters plus its layers' outputs leaves"):
         decompose(assay.load(module), ids, 12, 99)
     with pytest.raises(NumericalError, match=r"the parts sum to .*, the logit difference is"):
         decompose(assay.load(module, check=False), ids, 12, 99)

@@ -388,7 +388,7 @@ def test_a_map_that_fails_is_refused_by_the_identity_and_modules_still_work(tiny
     module = tiny_module("llama")
     module.model.layers[1].__class__ = Extra
     subject = assay.load(module)
-    message = r"the self-check failed: blocks\.1: what enters plus attention plus MLP leaves; off by"
+    message = r"the self-check failed: blocks\.1: what enters plus its layers' outputs leaves; off by"
     for site in ("blocks.0.resid_post", "blocks.*.mlp.out", "final_norm"):
         with pytest.raises(UnsupportedArchitecture, match=message):
             subject.run(IDS, capture=site)
@@ -404,9 +404,11 @@ def test_a_map_that_fails_is_refused_by_the_identity_and_modules_still_work(tiny
 
 def test_a_missing_part_is_named(tiny_module: Callable[..., Any]) -> None:
     module = tiny_module("llama")
-    module.model.layers[2].post_attention_layernorm = nn.Identity()
+    module.model.layers[2].mlp = nn.Identity()
     subject = assay.load(module)
-    with pytest.raises(UnsupportedArchitecture, match="Identity is neither a LayerNorm nor an RMSNorm"):
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"expects .mlp\.up_proj. in LlamaDecoderLayer, which is not there"
+    ):
         subject.run(IDS, capture="embed")
     assert torch.equal(subject.run(IDS).logits, logits(module))
 

@@ -1,10 +1,11 @@
 """Edits: frozen values that say how one site changes.
 
 Every edit names its site first, then its value, then where it applies: `positions` (relative to each prompt; negative
-counts from its end; `"last"`), `rows` of the batch, and `heads` where the site has them. Only `Apply` holds code; all
-others are data.
+counts from its end; `"last"`; by text with `At` and `Span`), `rows` of the batch, and `heads` where the site has them.
+Only `Apply` holds code; all others are data.
 
-Shapes: a value must broadcast to what is selected, `[rows, positions, (heads,) features]`.
+Shapes: a value must broadcast to what is selected, `[rows, positions, (heads,) features]`, in the order in which
+`rows=` and `positions=` name them. So a value may have an entry of its own for each row.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from assay.activations.ablations import choose_donors, standard_noise
 from assay.activations.current import no_run
-from assay.activations.values import Run
+from assay.activations.values import Donor, Run
 from assay.base.errors import InvalidEdit
-from assay.subjects.tokens import Batch
+from assay.subjects.positions import At, Span
+from assay.subjects.tokens import Batch, from_ids
 
-Positions = int | str | slice | Sequence[int] | None
+Positions = int | str | slice | Sequence[int] | Sequence[Sequence[int]] | At | Span | None
 Indices = int | slice | Sequence[int] | None
 
 
@@ -32,7 +35,8 @@ class Edit:
     Args:
         site: A site name; a head may be its last part.
         scale: A factor on the value, where the edit has one.
-        positions: None (all), "last", an int, a slice, or a sequence of ints, relative to each prompt.
+        positions: None (all), "last", an int, a slice or a sequence of ints, relative to each prompt; a sequence of
+            such sequences, one a row; or `At` and `Span`, looked up in each prompt's text.
         rows: None (all), an int, a slice, or a sequence of ints.
         heads: None (all), an int, or a sequence of ints.
     """
@@ -54,37 +58,71 @@ class Where:
     """Which part of the batch an edit is looking at.
 
     Args:
+        batch: The base prompts.
         rows: The base rows selected.
-        columns: Their columns, the same for all of them; None stands for every column.
-        starts: The column of the first real token of each base row.
-        mean: The mean over all real tokens of the run, `[1, 1, (heads,) features]`, where the edit asked for it.
+        columns: Their columns, the same for all of them; None stands for every column, or a site without positions.
+        order: Each row's place among all rows that the edit selects, and how many those are; None for all in order.
+        slots: Each column's place among all positions that the edit selects in these rows, and how many those are.
+        site: The site's canonical name, with all its heads.
         head: The one head selected by an int (its dimension is gone), or None.
         heads: The heads selected by a sequence, or None.
-        transposed: Whether the site counts heads before positions (patterns and scores).
+        head_axis: Which dimension of an unselected value counts heads, if one does.
+        dims: How a captured tensor's dimensions are put in the order rows, positions, heads, features.
+        has_positions: Whether the site has positions.
+        moments: The mean and standard deviation over the run's real tokens, `[1, 1, (heads,) features]`, where the edit
+            asked for them.
+        run: All the values of the run that the edit belongs to, by base row, and their first column, likewise.
     """
 
+    batch: Batch
     rows: list[int]
     columns: list[int] | None
-    starts: tuple[int, ...]
-    mean: Tensor | None = None
+    order: tuple[list[int], int] | None = None
+    slots: tuple[list[int], int] | None = None
+    site: str = ""
     head: int | None = None
     heads: list[int] | None = None
-    transposed: bool = False
+    head_axis: int | None = None
+    dims: tuple[int, ...] = ()
+    has_positions: bool = True
+    moments: tuple[Tensor, Tensor] | None = None
+    run: tuple[Tensor, int] | None = None
+
+    def some_heads(self, x: Tensor) -> Tensor:
+        """The selected heads of a tensor that has all of them."""
+        if self.head_axis is None or (self.head is None and self.heads is None):
+            return x
+        if self.head is not None:
+            return x.select(self.head_axis, self.head)
+        return x.index_select(self.head_axis, torch.tensor(self.heads, device=x.device))
 
 
-def _broadcast(value: Any, x: Tensor, edit: Edit) -> Tensor:
+def _broadcast(value: Any, x: Tensor, edit: Edit, where: Where) -> Tensor:
+    """A value for each selected entry; entries of its own for each row or position are picked by their place."""
+    name = f"{type(edit).__name__}({edit.site!r})"
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise InvalidEdit(
-            f"{type(edit).__name__}({edit.site!r}): a number or a tensor is needed, not {value!r:.60}"
-        ) from None
+        raise InvalidEdit(f"{name}: a number or a tensor is needed, not {value!r:.60}") from None
+    given = tuple(tensor.shape)
+    fraction_of_whole = tensor.is_floating_point() and not x.is_floating_point()  # refused once it is put in place
+    tensor = tensor.to(device=x.device, dtype=tensor.dtype if fraction_of_whole else x.dtype)
+    axes = (("rows", where.order), ("positions", where.slots)) if where.has_positions else (("rows", where.order),)
+    for axis, (what, picks) in enumerate(axes):
+        at = axis - (x.ndim - tensor.ndim)
+        if picks is None or at < 0 or tensor.shape[at] == 1:
+            continue
+        if tensor.shape[at] != picks[1]:
+            raise InvalidEdit(
+                f"{name}: a value shaped {given} has {tensor.shape[at]} entries for the {picks[1]} {what} selected "
+                f"(the order is {', '.join(w for w, _ in axes)}, heads, features)"
+            )
+        tensor = tensor.index_select(at, torch.tensor(picks[0], device=x.device))
     try:
-        return tensor.to(device=x.device, dtype=x.dtype).expand(x.shape)
+        return tensor.expand(x.shape)
     except RuntimeError:
         raise InvalidEdit(
-            f"{type(edit).__name__}({edit.site!r}): a value shaped {tuple(tensor.shape)} does not broadcast to "
-            f"what is selected, {tuple(x.shape)}"
+            f"{name}: a value shaped {given} does not broadcast to what is selected, {tuple(x.shape)}"
         ) from None
 
 
@@ -100,7 +138,7 @@ class Add(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """`x + scale * value`."""
-        return x + self.scale * _broadcast(self.value, x, self)
+        return x + self.scale * _broadcast(self.value, x, self, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +153,7 @@ class Set(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """`scale * value`, broadcast."""
-        return torch.zeros_like(x) + self.scale * _broadcast(self.value, x, self)
+        return torch.zeros_like(x) + self.scale * _broadcast(self.value, x, self, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +168,7 @@ class Scale(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """`scale * value * x`."""
-        return x * _broadcast(self.value, x, self) * self.scale
+        return x * _broadcast(self.value, x, self, where) * self.scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,44 +198,99 @@ class Clamp(Edit):
         if len(rows) != 1:
             raise InvalidEdit(f"Clamp({self.site!r}) clamps along one direction, and {len(rows)} were given")
         unit = rows[0]
-        component = (x * unit).sum(-1, keepdim=True)
-        return x + (component.clamp(self.low, self.high) - component) * unit
+        component = (x.to(unit.dtype) * unit).sum(-1, keepdim=True)
+        return (x + (component.clamp(self.low, self.high) - component) * unit).to(x.dtype)
+
+
+ABLATIONS = ("zero", "mean", "resample", "noise")
 
 
 @dataclass(frozen=True, slots=True)
 class Ablate(Edit):
-    """Replace by something uninformative: zero, the mean over all of this run's real tokens, or a given tensor."""
+    """Replace by something uninformative.
 
-    value: Literal["zero", "mean"] | Tensor = "zero"
+    Args:
+        value: What takes the value's place:
+
+            - "zero";
+            - "mean": the mean over all of this run's real tokens, feature by feature;
+            - "noise": that mean plus Gaussian noise of the site's own standard deviation (feature by feature, over the
+              same tokens), or of `sigma`;
+            - "resample": what another prompt of this run has at the same positions;
+            - a `Run` or a `Donor`: what one of its prompts has there, another than the row's own;
+            - a tensor: a mean over a data set, say (`Subject.mean`).
+        sigma: The standard deviation of the noise, when it is not to be the site's own.
+        seed: The seed of the noise and of the choice of donors. Both also depend on the site and on the prompt's
+            tokens, and on nothing else: not on the row, the batch or the device.
+
+    Raises:
+        InvalidEdit: If the kind is unknown, or `sigma` is given without "noise".
+
+    Example:
+        >>> Ablate("blocks.1.mlp.out", "noise", sigma=0.5, seed=3).needs_run
+        True
+    """
+
+    value: Literal["zero", "mean", "resample", "noise"] | Tensor | Run | Donor = "zero"
+    sigma: float | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
     positions: Positions = field(default=None, kw_only=True)
     rows: Indices = field(default=None, kw_only=True)
     heads: Indices = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind."""
-        if isinstance(self.value, str) and self.value not in ("zero", "mean"):
-            raise InvalidEdit(f"Ablate({self.site!r}): {self.value!r} is not 'zero', 'mean' or a tensor")
-
-    def transform(self, x: Tensor, where: Where) -> Tensor:
-        """Zeros, the mean, or the tensor."""
-        if isinstance(self.value, Tensor):
-            return torch.zeros_like(x) + _broadcast(self.value, x, self)
-        if self.value == "zero":
-            return torch.zeros_like(x)
-        if self.value != "mean":
-            raise InvalidEdit(f"Ablate({self.site!r}): {self.value!r:.60} is not 'zero', 'mean' or a tensor")
-        assert where.mean is not None
-        mean = where.mean
-        if where.head is not None:
-            mean = mean[:, :, where.head]
-        elif where.heads is not None:
-            mean = mean[:, :, where.heads]
-        return mean.expand_as(x).clone()
+        if not isinstance(self.value, Tensor | Run | Donor) and self.kind not in ABLATIONS:
+            kinds = ", ".join(map(repr, ABLATIONS))
+            raise InvalidEdit(f"Ablate({self.site!r}): {self.value!r:.60} is not {kinds}, a tensor, a Run or a Donor")
+        if self.sigma is not None and (self.kind != "noise" or not 0 <= self.sigma < float("inf")):
+            raise InvalidEdit(f"Ablate({self.site!r}): sigma={self.sigma} is a finite size of 'noise', 0 or more")
 
     @property
-    def needs_mean(self) -> bool:
-        """Whether the mean over the whole run has to be known."""
-        return isinstance(self.value, str) and self.value == "mean"
+    def kind(self) -> str:
+        """Which ablation it is: one of the words, "run" or "tensor"."""
+        if isinstance(self.value, str):
+            return self.value
+        return "run" if isinstance(self.value, Run | Donor) else "tensor"
+
+    @property
+    def needs_run(self) -> bool:
+        """Whether other tokens of the run than those it is put at have to be known."""
+        return self.kind in ("mean", "noise", "resample")
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether each prompt gets something of its own, so that padding is left alone."""
+        return self.kind in ("noise", "resample", "run")
+
+    def transform(self, x: Tensor, where: Where) -> Tensor:
+        """What takes the place of `x`."""
+        if isinstance(self.value, Tensor):
+            return torch.zeros_like(x) + _broadcast(self.value, x, self, where)
+        if self.kind == "zero":
+            return torch.zeros_like(x)
+        if self.kind in ("resample", "run"):
+            return self._resampled(x, where)
+        assert where.moments is not None
+        mean, spread = where.moments
+        if self.kind == "mean":
+            return where.some_heads(mean).to(x.dtype).expand_as(x).clone()
+        lead = 2 if where.has_positions else 1
+        noise = standard_noise(where.batch, where.rows, where.columns, mean.shape[lead:], self.seed, where.site)
+        if self.sigma is None and not bool((spread > 0).any()):
+            raise InvalidEdit(f"Ablate({self.site!r}, 'noise'): the values of one token have no spread; give sigma=")
+        noise = noise.to(mean.device) * (spread if self.sigma is None else self.sigma)
+        return where.some_heads(mean + noise).to(x.dtype)
+
+    def _resampled(self, x: Tensor, where: Where) -> Tensor:
+        if self.kind == "resample":
+            assert where.run is not None
+            source, first, donors = *where.run, where.batch
+        else:
+            source, donors, first = *_source(self.value, self, where), 0
+        chosen = choose_donors(where.batch, where.rows, donors, where.columns, self.seed, where.site)
+        picked = [source[at] if c is None else source[at][[column - first for column in c]] for at, c in chosen]
+        return _selected(torch.stack(picked), x, self, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +305,8 @@ class ProjectOut(Edit):
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """Remove the span."""
         basis = _unit_rows(self.value, x, self)
-        return x - (x @ basis.T) @ basis
+        wide = x.to(basis.dtype)
+        return (wide - (wide @ basis.T) @ basis).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +314,12 @@ class Patch(Edit):
     """Put in what another run had at the same site.
 
     Args:
-        value: A `Run` that captured the site, or its tensor `[rows, positions, ...]`; one row serves every row.
+        value: A `Run` that captured the site, its `Donor` there, or its tensor `[rows, positions, ...]`; one row serves
+            every row.
         source_positions: Where to read in the source; the same positions as are written when None.
     """
 
-    value: Run | Tensor
+    value: Run | Donor | Tensor
     source_positions: Positions = field(default=None, kw_only=True)
     positions: Positions = field(default=None, kw_only=True)
     rows: Indices = field(default=None, kw_only=True)
@@ -232,61 +327,33 @@ class Patch(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """The source's value for these rows and columns."""
-        source = self._source(where)
+        source, batch = _source(self.value, self, where)
         size = source.shape[0]
         picked = []
         for row in where.rows:
             at = row if size > 1 else 0
             if at >= size:
                 raise InvalidEdit(f"Patch({self.site!r}): the source has {size} rows, row {row} was asked for")
-            columns = self._columns(source, at, where, row)
+            columns = self._columns(batch, at, where, row) if where.has_positions else None
             picked.append(source[at] if columns is None else source[at][columns])
-        value = torch.stack(picked)
-        if value.shape != x.shape:
-            raise InvalidEdit(
-                f"Patch({self.site!r}): the source gives {tuple(value.shape)} where {tuple(x.shape)} is selected; "
-                f"prompts of different length need positions= and source_positions="
-            )
-        return value.to(device=x.device, dtype=x.dtype)
+        return _selected(torch.stack(picked), x, self, where)
 
     @property
     def padded(self) -> bool:
         """Whether the source's rows are padded, so that columns and positions are not the same thing."""
-        return isinstance(self.value, Run) and self.value.batch.padded
+        return isinstance(self.value, Run | Donor) and self.value.batch.padded
 
-    def _source(self, where: Where) -> Tensor:
-        """The source as `[rows, positions, (heads,) features]`, heads selected."""
-        tensor = self.value.whole(self.site) if isinstance(self.value, Run) else self.value
-        if not isinstance(tensor, Tensor) or tensor.ndim < 3:
-            raise InvalidEdit(f"Patch({self.site!r}): a Run or a tensor [rows, positions, ...] is needed")
-        tensor = tensor.transpose(1, 2) if where.transposed and tensor.ndim == 4 else tensor
-        if where.head is not None and tensor.ndim == 4:
-            return tensor[:, :, where.head]
-        if where.heads is not None:
-            if tensor.ndim != 4:
-                raise InvalidEdit(f"Patch({self.site!r}): heads are selected, and the source has no heads")
-            return tensor[:, :, where.heads]
-        return tensor
-
-    def _columns(self, source: Tensor, at: int, where: Where, base_row: int) -> list[int] | None:
+    def _columns(self, batch: Batch, at: int, where: Where, base_row: int) -> list[int] | None:
         """The source's columns for one row: the same positions of its own prompt; None for every column."""
-        if isinstance(self.value, Run):
-            batch = self.value.batch
-        else:
-            batch = Batch(
-                ids=torch.zeros(source.shape[:2]).long(),
-                starts=(0,) * len(source),
-                lengths=(source.shape[1],) * len(source),
-            )
         if self.source_positions is not None:
             try:
-                columns = batch.columns(self.source_positions)
+                columns = batch.columns(self.source_positions, [at])
             except (IndexError, TypeError) as error:
                 raise InvalidEdit(f"Patch({self.site!r}): source_positions: {error}") from None
             return None if columns is None else columns[at]
         if where.columns is None:
             return None
-        relative = [column - where.starts[base_row] for column in where.columns]
+        relative = [column - where.batch.starts[base_row] for column in where.columns]
         outside = [position for position in relative if not 0 <= position < batch.lengths[at]]
         if outside:
             raise InvalidEdit(
@@ -294,6 +361,34 @@ class Patch(Edit):
                 f"asked for"
             )
         return [batch.starts[at] + position for position in relative]
+
+
+def _source(value: Any, edit: Edit, where: Where) -> tuple[Tensor, Batch]:
+    """Another run's values as `[rows, positions, (heads,) features]`, and where its prompts lie in them."""
+    name = f"{type(edit).__name__}({edit.site!r})"
+    tensor = value.whole(edit.site) if isinstance(value, Run) else getattr(value, "tensor", value)
+    if not isinstance(tensor, Tensor) or tensor.ndim < (3 if where.has_positions else 1):
+        raise InvalidEdit(f"{name}: a Run, a Donor or a tensor [rows, positions, ...] is needed")
+    if tensor.ndim == len(where.dims):
+        tensor = tensor.permute(where.dims)
+    elif where.heads is not None:
+        raise InvalidEdit(f"{name}: heads are selected, and the source has no heads")
+    if isinstance(value, Run | Donor):
+        return tensor, value.batch.sized(tensor.shape[1]) if where.has_positions else value.batch
+    length = tensor.shape[1] if where.has_positions else 1
+    return tensor, from_ids(torch.zeros(len(tensor), length).long())
+
+
+def _selected(found: Tensor, x: Tensor, edit: Edit, where: Where) -> Tensor:
+    """Select the heads of what a source gave, and see that it fits."""
+    n_dims = len(where.dims) or x.ndim
+    found = where.some_heads(found) if found.ndim == n_dims else found
+    if found.shape != x.shape:
+        raise InvalidEdit(
+            f"{type(edit).__name__}({edit.site!r}): the source gives {tuple(found.shape)} where {tuple(x.shape)} is "
+            f"selected; prompts of different length need positions= and source_positions="
+        )
+    return found.to(device=x.device, dtype=x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +413,8 @@ class Apply(Edit):
 def _unit_rows(value: Tensor, x: Tensor, edit: Edit) -> Tensor:
     try:
         value = torch.as_tensor(value)
-        rows = value.reshape(-1, value.shape[-1]).to(device=x.device, dtype=x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for a basis
+        rows = value.reshape(-1, value.shape[-1]).to(device=x.device, dtype=wide)
     except (TypeError, ValueError, RuntimeError, IndexError):
         raise InvalidEdit(
             f"{type(edit).__name__}({edit.site!r}): directions [k, d] are needed, not {value!r:.60}"
@@ -328,9 +424,9 @@ def _unit_rows(value: Tensor, x: Tensor, edit: Edit) -> Tensor:
             f"{type(edit).__name__}({edit.site!r}): directions of width {rows.shape[-1]} at a site of width "
             f"{x.shape[-1]}"
         )
-    q, r = torch.linalg.qr(rows.T.float())
+    q, r = torch.linalg.qr(rows.T)
     diagonal = torch.diagonal(r)
-    if not bool((diagonal.abs() > 1e-6 * rows.float().norm(dim=1).clamp(min=1e-30)).all()):
+    if not bool((diagonal.abs() > 1e-6 * rows.norm(dim=1).clamp(min=1e-30)).all()):
         raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): the directions are zero or linearly dependent")
     signed: Tensor = q * diagonal.sign()
-    return signed.T.to(x.dtype)
+    return signed.T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from assay.activations.apply import Placed, Window
-from assay.activations.context import Request, RunState
+from assay.activations.context import Request, RunState, current_run
 from assay.activations.edits import Edit
 from assay.activations.hooks import running
+from assay.activations.serving import watch
 from assay.activations.values import Captured, Run, named
-from assay.base.errors import InvalidEdit, SpecError
+from assay.base.errors import InvalidEdit, SiteError, SpecError
 from assay.base.sites import Site
+from assay.subjects.inputs import rooted
 from assay.subjects.model import Model
 from assay.subjects.tokens import Batch
 
@@ -42,7 +44,10 @@ def plan_requests(model: Model, capture: str | Sequence[str], edits: Sequence[Ed
 
     def request(site: Site) -> Request:
         whole = site.whole
-        return requests.setdefault(str(whole), Request(whole, model.point(whole)))
+        name = str(whole)
+        if name not in requests:
+            requests[name] = Request(whole, model.point(whole), guard=name in model.overwritten)
+        return requests[name]
 
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -56,10 +61,15 @@ def plan_requests(model: Model, capture: str | Sequence[str], edits: Sequence[Ed
 
 def call(model: Model, batch: Batch, **options: Any) -> Any:
     """Call the user's module on a batch, with a cache only if asked."""
-    inputs: dict[str, Any] = batch.forward_inputs()
+    inputs = batch.forward_inputs()
     if model.config is None:
-        return model.module(inputs.pop("input_ids"), **inputs)
-    return model.module(**inputs, **{"use_cache": False, **options})
+        args = batch.args or ((inputs.pop("input_ids"),) if batch.inputs is None else ())
+        return model.module(*args, **inputs)
+    if model.own_positions or not model.takes("position_ids"):
+        inputs.pop("position_ids", None)
+    if model.takes("use_cache"):
+        options = {"use_cache": False, **options}
+    return model.module(*batch.args, **inputs, **options)
 
 
 def forward(
@@ -85,18 +95,28 @@ def forward(
         Logits, captured tensors, gradients.
     """
     model.require_eval()
-    requests = plan_requests(model, capture, edits)
-    state = RunState(requests, Window(batch), keep_graph=grad is not None)
-    mode = _graph() if grad is not None else torch.no_grad()
-    with mode, running(state):
-        handle = _root_gradient(model) if grad is not None else None
-        try:
-            output = call(model, batch, **(options or {}))
-        finally:
-            if handle is not None:
-                handle.remove()
-    state.check_fired()
-    logits = _logits(output)
+    if grad is not None and model.architecture is None:
+        batch = rooted(batch)
+    while True:
+        requests = plan_requests(model, capture, edits)
+        state = RunState(requests, Window(batch), keep_graph=grad is not None)
+        mode = _graph() if grad is not None else _no_graph()
+        with mode, running(state):
+            handles = _root_gradient(model, state) if grad is not None else []
+            handles += watch(state, model)
+            try:
+                output = call(model, batch, **(options or {}))
+            finally:
+                for handle in handles:
+                    handle.remove()
+        state.check_fired()
+        stale = state.overwritten() - model.overwritten
+        if not stale:
+            break
+        model.overwritten |= stale  # the module wrote over what was captured: run again, and keep copies from now on
+    logits = main_output(output)
+    if state.limited is not None:
+        state.limited.keep("logits", logits)
     captured = Captured(
         tensors=state.captured,
         head_dims={name: request.point.head_dim for name, request in requests.items()},
@@ -115,29 +135,51 @@ def _graph() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _no_graph() -> Iterator[None]:
+    """Record no graph; tensors still count how often they are written over, which inference mode's do not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _result(logits: Tensor, batch: Batch, captured: Captured) -> Run:
-    dims = ("batch", "pos", "vocab")[: logits.ndim]
+    other = ("batch", *(f"dim{i}" for i in range(1, logits.ndim)))
+    dims = ("batch", "pos", "vocab") if logits.ndim == 3 else other[: logits.ndim]
     return Run(logits=named(logits.detach(), dims), batch=batch, captured=captured)
 
 
-def _logits(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
+    """A module's logits, or the first tensor that it returned.
+
+    Raises:
+        SiteError: If it returned none.
+    """
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
-    value = output[0] if logits is None else logits
-    assert isinstance(value, Tensor)
-    return value
+    if isinstance(logits, Tensor):
+        return logits
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    for item in items:
+        if isinstance(item, Tensor):
+            return item
+    raise SiteError(f"the module returned no tensor, but {type(output).__name__}")
 
 
-def _root_gradient(model: Model) -> Any:
+def _root_gradient(model: Model, state: RunState) -> list[Any]:
     """Start the graph at the embedding, so that gradients exist even when no parameter wants one."""
     if model.architecture is None:
-        return None
+        return []
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
-        return None if output.requires_grad else output.detach().requires_grad_()
+        mine = current_run() is state and not output.requires_grad
+        return output.detach().requires_grad_() if mine else None
 
-    return model.point(model.site("embed")).module.register_forward_hook(hook, prepend=True)
+    return [
+        parts.points(None)["embed"]().module.register_forward_hook(hook, prepend=True)
+        for parts in model.stacks.values()
+        if parts.has("embed")
+    ]
 
 
 def _with_gradient(run: Run, state: RunState, metric: Metric, logits: Tensor) -> Run:
@@ -155,7 +197,7 @@ def _with_gradient(run: Run, state: RunState, metric: Metric, logits: Tensor) ->
     for name, raw, gradient in zip(names, raws, found, strict=True):
         site = state_site(name, state)
         point = state.requests[str(site.whole)].point
-        whole = point.gradient(torch.zeros_like(raw) if gradient is None else gradient)
+        whole = point.gradient(torch.zeros_like(raw) if gradient is None else gradient, state.n_rows)
         dims = state.captured[name].dims  # type: ignore[attr-defined]
         part = whole if site.head is None or point.head_dim is None else whole.select(point.head_dim, site.head)
         gradients[name] = named(part.detach(), dims)

@@ -7,12 +7,12 @@ different edits on one module never see each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
-from assay.activations.attention import intercept
+from assay.activations.attention import Functions, intercept
 from assay.activations.context import Request, RunState
 from assay.activations.current import CURRENT
 from assay.subjects.points import Traffic
@@ -25,6 +25,8 @@ def running(state: RunState) -> Iterator[RunState]:
     Args:
         state: The run.
     """
+    if state.limited is not None:
+        state.limited.check()
     handles: list[Any] = []
     token = CURRENT.set(state)
     try:
@@ -36,7 +38,12 @@ def running(state: RunState) -> Iterator[RunState]:
                 handles.append(module.register_forward_hook(_post_hook(state, requests), with_kwargs=True))
         if state.watches_attention:
             intercept()
-        yield state
+        functions = Functions(state)
+        watched = {r.point.module for r in state.requests.values() if r.point.side == "function"}
+        for module in watched:
+            handles += functions.watch(module)
+        with functions if watched else nullcontext():
+            yield state
     finally:
         for handle in handles:
             handle.remove()
@@ -45,7 +52,7 @@ def running(state: RunState) -> Iterator[RunState]:
 
 def _by_module(requests: Iterable[Request]) -> dict[tuple[nn.Module, str], list[Request]]:
     grouped: dict[tuple[nn.Module, str], list[Request]] = {}
-    for request in requests:
+    for request in sorted(requests, key=lambda request: not request.point.in_place):
         grouped.setdefault((request.point.module, request.point.side), []).append(request)
     return grouped
 
@@ -55,7 +62,7 @@ def _pre_hook(state: RunState, requests: list[Request]) -> Any:
         if CURRENT.get() is not state:
             return None
         args, kwargs = rest
-        traffic = Traffic(module, args, kwargs)
+        traffic = Traffic(module, args, kwargs, rows=state.n_rows)
         changed = False
         for request in requests:
             changed |= state.serve(request, traffic)
@@ -70,7 +77,7 @@ def _post_hook(state: RunState, requests: list[Request]) -> Any:
             return None
         *before, output = rest
         args, kwargs = before
-        traffic = Traffic(module, args, kwargs, output)
+        traffic = Traffic(module, args, kwargs, output, state.n_rows)
         changed = False
         for request in requests:
             changed |= state.serve(request, traffic)

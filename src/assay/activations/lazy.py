@@ -3,69 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from assay.subjects.tokens import is_whole_number
 
-class LazyLogits:
-    """Stands for logits `[rows, pos, vocab]` and unembeds only the positions that are indexed.
 
-    `logits[:, -1]`, `logits[:, -1, ids]`, `logits[..., -1, :]` and `logits[rows, -1, ids]` compute that one position,
-    once; any other use computes all of them. The values are those of the full logits.
+@runtime_checkable
+class Ends(Protocol):
+    """The stream after the last block, for rows of prompts."""
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows."""
+
+    @property
+    def width(self) -> int:
+        """The number of positions."""
+
+    def column(self, position: int) -> Tensor:
+        """One position of each row, `[rows, d_model]`."""
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens `[tokens, d_model]`, and which of them is where, `[rows, pos]`; rows may share them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A stream that has been computed.
 
     Args:
-        hidden: The stream before the final norm, `[rows, pos, d_model]`, for columns `first` to the end.
-        unembed: From any part of the stream, `[..., d_model]`, to its logits.
-        vocab: The size of the vocabulary.
-        prefix: The logits of the columns before `hidden`, `[1 or rows, first, vocab]`; computed when called.
-        first: How many such columns there are.
+        stream: `[tokens, d_model]`.
+        index: Which token is where, `[rows, pos]`.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        unembed: Callable[[Tensor], Tensor],
-        vocab: int,
-        first: int = 0,
-        prefix: Callable[[], Tensor] | None = None,
-    ) -> None:
-        self._hidden = hidden
+    stream: Tensor
+    index: Tensor
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows."""
+        return self.index.shape[0]
+
+    @property
+    def width(self) -> int:
+        """The number of positions."""
+        return self.index.shape[1]
+
+    def column(self, position: int) -> Tensor:
+        """One position of each row, `[rows, d_model]`."""
+        return self.stream.index_select(0, self.index[:, position].to(self.stream.device))
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The tokens that are anywhere, and which of them is where."""
+        used, index = torch.unique(self.index, return_inverse=True)
+        return self.stream.index_select(0, used.to(self.stream.device)), index
+
+
+class LazyLogits:
+    """Stands for logits `[rows, pos, vocab]` and computes those that are indexed.
+
+    `logits[:, -1]`, `logits[..., -1, :]` and `logits[rows, -1]` compute one position; `logits[:, -1, ids]` computes
+    these entries alone; any other use computes all of them. The values are those of the full logits.
+
+    Args:
+        ends: The stream before the final norm.
+        unembed: From any part of the stream, `[..., d_model]`, to its logits, or to those of some ids `[n]`.
+        vocab: The size of the vocabulary.
+    """
+
+    def __init__(self, ends: Ends, unembed: Callable[[Tensor, Tensor | None], Tensor], vocab: int) -> None:
+        self._ends = ends
         self._unembed = unembed
-        self._prefix = prefix
-        self._first = first
+        self._streams: dict[int, Tensor] = {}
         self._columns: dict[int, Tensor] = {}
         self._whole: Tensor | None = None
-        self.shape = torch.Size((hidden.shape[0], first + hidden.shape[1], vocab))
-        self.device = hidden.device
-        self.dtype = hidden.dtype
+        self.shape = torch.Size((ends.n_rows, ends.width, vocab))
         self.ndim = 3
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are."""
+        return self._stream(self.shape[1] - 1).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their type."""
+        return self._stream(self.shape[1] - 1).dtype
 
     def full(self) -> Tensor:
         """All the logits, `[rows, pos, vocab]`."""
         if self._whole is None:
-            self._whole = self._unembed(self._hidden)
-            if self._first and self._prefix is not None:
-                prefix = self._prefix()
-                self._whole = torch.cat([prefix.expand(self.shape[0], *prefix.shape[1:]), self._whole], 1)
+            tokens, index = self._ends.tokens()
+            logits = self._unembed(tokens, None)
+            self._whole = logits[index.to(logits.device)]
         return self._whole
 
     def rows(self, start: int, stop: int) -> LazyLogits:
         """Some of the rows, sharing what has been computed."""
         return _LazyRows(self, start, stop)
 
-    def column(self, position: int) -> Tensor | None:
-        """One position's logits, `[rows, vocab]`, or None if it lies before `hidden`."""
+    def column(self, position: int) -> Tensor:
+        """One position's logits, `[rows, vocab]`."""
+        at = self._at(position)
+        if at not in self._columns:
+            whole = self._whole
+            self._columns[at] = self._unembed(self._stream(at), None) if whole is None else whole[:, at]
+        return self._columns[at]
+
+    def entries(self, position: int, ids: Tensor) -> Tensor:
+        """One position's logits of some ids, `[rows, n]`."""
+        at = self._at(position)
+        if self._whole is not None or at in self._columns:
+            return self.column(at)[:, ids.to(self.column(at).device)]
+        return self._unembed(self._stream(at), ids)
+
+    def _stream(self, at: int) -> Tensor:
+        if at not in self._streams:
+            self._streams[at] = self._ends.column(at)
+        return self._streams[at]
+
+    def _at(self, position: int) -> int:
         width = self.shape[1]
         if not -width <= position < width:
             raise IndexError(f"position {position} is outside {width} positions")
-        at = position % width - self._first
-        if at < 0:
-            return None
-        if at not in self._columns:
-            self._columns[at] = self._unembed(self._hidden[:, at])
-        return self._columns[at]
+        return position % width
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or one dimension of it."""
@@ -76,17 +141,19 @@ class LazyLogits:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> Tensor:
-        """Index as a tensor is indexed, unembedding one position where one is enough."""
+        """Index as a tensor is indexed, computing one position, or some of its entries, where that is enough."""
         index = list(key) if isinstance(key, tuple) else [key]
         dots = next((i for i, k in enumerate(index) if k is Ellipsis), None)
         if dots is not None:
             index[dots : dots + 1] = [slice(None)] * (4 - len(index))
-        if not 2 <= len(index) <= 3 or not isinstance(index[1], int) or isinstance(index[0], int | bool):
+        simple = 2 <= len(index) <= 3 and is_whole_number(index[1])
+        if not simple or not isinstance(index[0], int | slice | Tensor | list) or isinstance(index[0], bool):
             return self.full()[key]
-        column = self.column(index[1])
-        if column is None or not isinstance(index[0], slice | Tensor | list):
-            return self.full()[key]
-        return column[(index[0], *index[2:])]
+        ids = _whole_numbers(index[2], self.shape[2]) if len(index) == 3 else None
+        if ids is None:
+            return self.column(int(index[1]))[(index[0], *index[2:])]
+        some, inverse = torch.unique(ids, return_inverse=True)
+        return self.entries(int(index[1]), some)[index[0], inverse if ids.ndim else int(inverse)]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -112,14 +179,34 @@ class _LazyRows(LazyLogits):
     def __init__(self, parent: LazyLogits, start: int, stop: int) -> None:
         self._parent, self._start, self._stop = parent, start, stop
         self.shape = torch.Size((stop - start, *parent.shape[1:]))
-        self.device, self.dtype, self.ndim = parent.device, parent.dtype, 3
+        self.ndim = 3
 
     def full(self) -> Tensor:
         return self._parent.full()[self._start : self._stop]
 
-    def column(self, position: int) -> Tensor | None:
-        column = self._parent.column(position)
-        return None if column is None else column[self._start : self._stop]
+    def column(self, position: int) -> Tensor:
+        return self._parent.column(position)[self._start : self._stop]
+
+    def entries(self, position: int, ids: Tensor) -> Tensor:
+        return self._parent.entries(position, ids)[self._start : self._stop]
+
+    def _stream(self, at: int) -> Tensor:
+        return self._parent._stream(at)
+
+
+def _whole_numbers(ids: Any, size: int) -> Tensor | None:
+    """Integers that index a dimension, as a tensor of those counted from its start; None for any other index."""
+    if isinstance(ids, slice) or ids is None or isinstance(ids, bool):
+        return None
+    try:
+        tensor = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or not tensor.numel():
+        return None
+    if int(tensor.min()) < -size or int(tensor.max()) >= size:
+        raise IndexError(f"ids {int(tensor.min())} to {int(tensor.max())} are outside {size}")
+    return tensor % size
 
 
 def _binary(name: str) -> Callable[[Any, Any], Any]:

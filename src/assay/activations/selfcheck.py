@@ -4,38 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from assay.activations.edits import Add
+from assay.activations.context import Request
 from assay.activations.forward import call, forward
-from assay.activations.values import Run
+from assay.activations.identities import Check as Check
+from assay.activations.identities import Identities, compare
+from assay.activations.responses import Responses
 from assay.base.errors import AssayError, UnsupportedArchitecture
+from assay.subjects.inputs import batch_from, example_inputs
 from assay.subjects.model import Model
-from assay.subjects.parts import linear_bias
 from assay.subjects.tokens import Batch, from_ids
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One identity and how far the model is from it.
-
-    Args:
-        identity: What should hold.
-        error: The largest absolute difference, relative to the largest value.
-        tolerance: How much is float rounding.
-    """
-
-    identity: str
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is float rounding."""
-        return self.error <= self.tolerance
 
 
 def self_check(model: Model, n_tokens: int = 6) -> list[Check]:
@@ -56,22 +38,96 @@ def self_check(model: Model, n_tokens: int = 6) -> list[Check]:
             f"{type(model.module).__name__} is in training mode, where dropout makes every run different: call "
             f".eval() first"
         )
-    vocab = int(model.config.vocab_size)
-    ids = (torch.arange(n_tokens, device=model.device) * 7919 + 11) % vocab
-    batch = from_ids(ids[None])
     try:
         with torch.no_grad(), _left_as_found(model.module):
+            assert model.architecture is not None
+            batch = batch_from(model, example_inputs(model.module, model.architecture.inputs, n_tokens=n_tokens))
             checks = _checks(model, batch)
-    except AssayError:
+            model.sides = padding_sides(model, n_tokens)
+            if not model.sides:  # RoBERTa counts positions from an offset of its own
+                model.own_positions = True
+                model.sides = padding_sides(model, n_tokens)
+    except UnsupportedArchitecture:
         raise
+    except AssayError as error:
+        raise UnsupportedArchitecture(f"the self-check failed: {error}") from error
     except Exception as error:
-        raise UnsupportedArchitecture(f"running the map's sites failed: {type(error).__name__}: {error}") from error
+        raise UnsupportedArchitecture(
+            f"the self-check failed: {_site_of(error)} cannot be computed: {type(error).__name__}: {error}"
+        ) from error
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
         raise UnsupportedArchitecture(
             f"the self-check failed: {failed.identity}; off by {failed.error:.2g} (tolerance {failed.tolerance:.2g})"
         )
     return checks
+
+
+def _site_of(error: Exception) -> str:
+    """The site that was being read or edited when an error came up, if one was."""
+    trace, found = error.__traceback__, "one of the identities"
+    while trace is not None:
+        request = trace.tb_frame.f_locals.get("request")
+        if isinstance(request, Request):
+            found = str(request.site)
+        trace = trace.tb_next
+    return found
+
+
+def padding_sides(model: Model, n_tokens: int = 6) -> tuple[str, ...]:
+    """The sides on which prompts can be padded: those where a prompt keeps the logits it has alone.
+
+    Args:
+        model: A model with an architecture map. Of an encoder-decoder both sides' prompts are tried. What is given
+            images beside its tokens is padded on the right, as it was trained; images alone are never padded.
+        n_tokens: How long the longer of two prompts is.
+    """
+    if model.architecture is None or model.architecture.inputs == "image":
+        return ("left", "right") if len(model.stacks) == 1 else ("right",)
+    if len(model.stacks) > 1:
+        names = ("", "decoder_") if model.architecture.inputs == "tokens" else ("decoder_",)
+        return tuple(s for s in ("left", "right") if all(_bears(model, name, s, n_tokens) for name in names))
+    ids = example_inputs(model.module, "tokens", rows=2, n_tokens=n_tokens)["input_ids"]
+    short = n_tokens - 2
+    alone = _logits(call(model, from_ids(ids[1:, :short])))
+    good = []
+    for side in ("left", "right"):
+        mask, row = torch.ones_like(ids), torch.full_like(ids, getattr(model.config, "pad_token_id", None) or 0)
+        row[0] = ids[0]
+        start = n_tokens - short if side == "left" else 0
+        mask[1] = 0
+        mask[1, start : start + short] = 1
+        row[1, start : start + short] = ids[1, :short]
+        found = _logits(call(model, from_ids(row, mask)))[1:]
+        found = found[:, start : start + short] if found.ndim == 3 else found
+        tolerance = 5e-2 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if bool((found - alone).abs().max() <= tolerance * alone.abs().max()):
+            good.append(side)
+    return tuple(good)
+
+
+def _bears(model: Model, name: str, side: str, n_tokens: int) -> bool:
+    """Whether an encoder-decoder gives the same logits when the encoder's or the decoder's prompt is padded."""
+    assert model.architecture is not None
+    given = example_inputs(model.module, model.architecture.inputs, rows=2, n_tokens=n_tokens)
+    ids = given[f"{name}input_ids"]
+    short = ids.shape[1] - 2
+    alone = {key: value[1:] for key, value in given.items()} | {f"{name}input_ids": ids[1:, :short]}
+    expected = _logits(call(model, batch_from(model, alone)))
+    columns = slice(0, short) if side == "right" else slice(2, None)
+    mask, padded = torch.ones_like(ids), ids.clone()
+    mask[1], padded[1] = 0, getattr(model.config, "pad_token_id", None) or 0
+    mask[1, columns], padded[1, columns] = 1, ids[1, :short]
+    inputs = {**given, f"{name}input_ids": padded, f"{name}attention_mask": mask}
+    found = _logits(call(model, batch_from(model, inputs)))[1:, columns if name else slice(None)]
+    tolerance = 5e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    found: Tensor = output[0] if logits is None else logits
+    return found
 
 
 @contextmanager
@@ -94,74 +150,23 @@ def _left_as_found(module: nn.Module) -> Iterator[None]:
 def _checks(model: Model, batch: Batch) -> list[Check]:
     plain = call(model, batch, output_hidden_states=True)
     run = forward(model, batch, capture=[site for site in model.sites() if not site.endswith(".result")])
-    half = run.logits.dtype in (torch.float16, torch.bfloat16)
-    loose = 5e-2 if half else 1e-4
-
-    def check(identity: str, found: Tensor, expected: Tensor, tolerance: float = loose) -> Check:
-        scale = expected.float().abs().max().clamp(min=1e-12)
-        error = float((found.float() - expected.float().to(found.device)).abs().max() / scale)
-        return Check(identity=identity, error=error if error == error else float("inf"), tolerance=tolerance)
-
-    checks = [check("capturing leaves the logits as they are", run.logits, plain.logits, 0.0)]
-    checks += [
-        check(f"blocks.{i}.resid_pre equals output_hidden_states[{i}]", run[f"blocks.{i}.resid_pre"], hidden)
-        for i, hidden in enumerate(plain.hidden_states[: model.n_blocks])
-    ]
-    stream = run["embed"] + (run["pos_embed"] if "pos_embed" in run else 0)
-    checks.append(check("the embeddings make blocks.0.resid_pre", stream, run["blocks.0.resid_pre"]))
-    for i in range(model.n_blocks):
-        checks += _block_checks(model, run, i, check)
-        stream = stream + run[f"blocks.{i}.attn.out"].to(stream.device) + run[f"blocks.{i}.mlp.out"].to(stream.device)
-    last = run[f"blocks.{model.n_blocks - 1}.resid_post"]
-    checks.append(check("the writers sum to the residual stream", stream, last))
-    checks += _tail_checks(model, run, last, check)
-    checks += _edit_checks(model, batch, run, check)
+    loose = 5e-2 if run.logits.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    checks = [compare("capturing leaves the logits as they are", run.logits, _logits(plain), 0.0)]
+    for name, parts in model.stacks.items():
+        known = Identities(parts, run, loose, model.stacks.get(parts.stack.source) if parts.stack.cross else None)
+        checks += known.hidden_states(_hidden_states(plain, name))
+        checks += known.embeddings()
+        for block in range(len(parts.blocks)):
+            checks += known.block(block)
+        checks += known.final()
+        if all(check.passed for check in checks):
+            checks += Responses(model, known, batch).checks()
     return checks
 
 
-def _block_checks(model: Model, run: Run, i: int, check) -> list[Check]:  # type: ignore[no-untyped-def]
-    block, parts = f"blocks.{i}", model.parts
-    pre, attn, mlp = run[f"{block}.resid_pre"], run[f"{block}.attn.out"], run[f"{block}.mlp.out"]
-    checks = [
-        check(f"{block}: what enters plus attention plus MLP leaves", pre + attn + mlp, run[f"{block}.resid_post"])
-    ]
-    if parts.has("resid_mid"):
-        checks.append(check(f"{block}.resid_mid is what enters plus attention", pre + attn, run[f"{block}.resid_mid"]))
-    pattern, value = run[f"{block}.attn.pattern"], run[f"{block}.attn.v"]
-    value = value.repeat_interleave(pattern.shape[1] // value.shape[2], 2)
-    mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
-    checks.append(check(f"{block}.attn.pattern times v is z", mixed, run[f"{block}.attn.z"]))
-    if model.architecture is not None and model.architecture.attn_post_norm is None:
-        projection = parts.of(i, f"{model.architecture.attn}.{model.architecture.attn_proj}")
-        out = run[f"{block}.attn.z"].flatten(-2) @ parts.output_matrix(i)
-        bias = linear_bias(projection)
-        checks.append(check(f"{block}.attn.z times W_O is attn.out", out if bias is None else out + bias, attn))
-    return checks
-
-
-def _tail_checks(model: Model, run: Run, last: Tensor, check) -> list[Check]:  # type: ignore[no-untyped-def]
-    parts = model.parts
-    norm = model.norm("final_norm")
-    normed = norm.frozen(last, norm.scale(last)) + norm.bias
-    weight, bias = parts.unembedding()
-    logits = run["final_norm"] @ weight.T + (0 if bias is None else bias)
-    if parts.softcap is not None:
-        logits = parts.softcap * torch.tanh(logits / parts.softcap)
-    return [
-        check("the final norm, read as gain and scale, gives final_norm", normed, run["final_norm"]),
-        check("final_norm times the unembedding (and soft-cap) gives the logits", logits, run.logits),
-    ]
-
-
-def _edit_checks(model: Model, batch: Batch, run: Run, check) -> list[Check]:  # type: ignore[no-untyped-def]
-    """An edit must reach what comes after it, whole: the stream that leaves has it, not only the norm that reads it."""
-    block = f"blocks.{model.n_blocks - 1}"
-    site = f"{block}.resid_mid" if model.parts.has("resid_mid") else f"{block}.resid_pre"
-    shift = run[site].float().std() * torch.ones(model.parts.d_model, device=run[site].device)
-    edited = forward(
-        model, batch, capture=[f"{block}.resid_post", f"{block}.mlp.out", f"{block}.attn.out"], edits=[Add(site, shift)]
-    )
-    expected = run[site] + shift.to(run[site].dtype) + edited[f"{block}.mlp.out"]
-    if not model.parts.has("resid_mid"):
-        expected = expected + edited[f"{block}.attn.out"]
-    return [check(f"adding to {site} adds to what leaves the block", edited[f"{block}.resid_post"], expected)]
+def _hidden_states(output: Any, stack: str) -> tuple[Tensor, ...]:
+    """What the model itself reports as its residual stream, where it does."""
+    at = {"vision": "vision_model_output", "text": "text_model_output"}.get(stack)
+    output = output if at is None else getattr(output, at, None)
+    name = f"{stack}_hidden_states" if stack in ("encoder", "decoder") else "hidden_states"
+    return getattr(output, name, None) or ()

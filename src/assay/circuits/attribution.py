@@ -42,7 +42,7 @@ def attribute(subject: Subject, task: Task, parts: Sequence[Component], directio
     Args:
         subject: The subject.
         task: The clean and the corrupt input.
-        parts: The heads and MLPs.
+        parts: The components.
         direction: "denoising" or "noising", as in `patch_components`.
 
     Returns:
@@ -63,9 +63,7 @@ def attribute(subject: Subject, task: Task, parts: Sequence[Component], directio
     rows = task.clean.size
     values = []
     for part in parts:
-        if part.kind == "mlp":
-            values.append(by_site[part.site].sum() / rows)
-        else:
-            values.append(by_site[f"blocks.{part.block}.attn.z"][:, :, part.head].sum() / rows)
+        whole = by_site[part.whole_site]
+        values.append((whole if part.head is None else whole[:, :, part.head]).sum() / rows)
     residual = torch.stack([by_site[name].sum(-1).mean(0) for name in stream])
     return Attribution(components=torch.stack(values), residual=residual)

@@ -1,4 +1,4 @@
-"""The components a circuit is made of: attention heads and MLPs."""
+"""The components a circuit is made of: attention heads, MLPs and state-space layers."""
 
 from __future__ import annotations
 
@@ -7,42 +7,49 @@ from typing import Literal
 
 from assay.subjects.model import Model
 
+LAYERS: tuple[Literal["ssm", "mlp"], ...] = ("ssm", "mlp")
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Component:
-    """One head or one MLP.
+    """One head, one MLP or one state-space layer.
 
     Args:
         block: The block it is in.
-        kind: `head` or `mlp`.
+        kind: `head`, `mlp` or `ssm`.
         head: Which head, for heads.
     """
 
     block: int
-    kind: Literal["head", "mlp"]
+    kind: Literal["head", "mlp", "ssm"]
     head: int | None = None
 
     @property
     def site(self) -> str:
-        """The site it writes at: `blocks.5.attn.z.3` or `blocks.5.mlp.out`."""
-        return f"blocks.{self.block}.mlp.out" if self.kind == "mlp" else f"blocks.{self.block}.attn.z.{self.head}"
+        """The site it writes at: `blocks.5.attn.z.3`, `blocks.5.mlp.out` or `blocks.5.ssm.out`."""
+        return f"{self.whole_site}.{self.head}" if self.kind == "head" else self.whole_site
+
+    @property
+    def whole_site(self) -> str:
+        """The site with all heads."""
+        return f"blocks.{self.block}." + ("attn.z" if self.kind == "head" else f"{self.kind}.out")
 
     @property
     def name(self) -> str:
-        """The field's short name: `L5H3` or `MLP5`."""
-        return f"MLP{self.block}" if self.kind == "mlp" else f"L{self.block}H{self.head}"
+        """The field's short name: `L5H3`, `MLP5` or `SSM5`."""
+        return f"L{self.block}H{self.head}" if self.kind == "head" else f"{self.kind.upper()}{self.block}"
 
 
 def components(model: Model) -> list[Component]:
-    """Every head and every MLP of a model, in forward order.
+    """Every head, state-space layer and MLP of a model, in forward order.
 
     Example:
         >>> [c.name for c in components(subject)][:3]  # doctest: +SKIP
         ['L0H0', 'L0H1', 'L0H2']
     """
-    heads = model.parts.n_heads
-    return [
-        part
-        for block in range(model.n_blocks)
-        for part in (*(Component(block, "head", h) for h in range(heads)), Component(block, "mlp"))
-    ]
+    parts, found = model.parts, []
+    for block in range(model.n_blocks):
+        if parts.has("attn.z", block):
+            found += [Component(block, "head", head) for head in range(parts.n_heads)]
+        found += [Component(block, kind) for kind in LAYERS if parts.has(f"{kind}.out", block)]
+    return found

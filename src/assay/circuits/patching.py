@@ -120,7 +120,7 @@ def patch_components(
 
 def component_sites(parts: Sequence[Component]) -> list[str]:
     """The whole sites that hold these components."""
-    return sorted({f"blocks.{part.block}." + ("mlp.out" if part.kind == "mlp" else "attn.z") for part in parts})
+    return sorted({part.whole_site for part in parts})
 
 
 def _sweep(

@@ -93,9 +93,9 @@ def ablation(donor: Run, gone: Collection[Component], n_heads: int) -> list[Edit
     heads: dict[int, list[int]] = {}
     edits: list[Edit] = []
     for part in sorted(gone):
-        if part.kind == "mlp":
+        if part.head is None:
             edits.append(Patch(part.site, donor))
-        elif part.head is not None:
+        else:
             heads.setdefault(part.block, []).append(part.head)
     for block, members in heads.items():
         whole = len(members) == n_heads

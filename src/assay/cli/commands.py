@@ -100,6 +100,25 @@ class Doctor(Command):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Families(Command):
+    """The model families with standard sites, and what was checked of each."""
+
+    name: Annotated[
+        Positional[str | None], arg(metavar="[TYPE]", help="One config.model_type.", help_behavior_hint="")
+    ] = None
+    check: Annotated[
+        bool, arg(help="Build a small random model of each type and check it now.", help_behavior_hint="")
+    ] = False
+    json: Annotated[bool, arg(help="Print the record as JSON.", help_behavior_hint="")] = False
+
+    def run(self) -> int:
+        """Print the families."""
+        from assay.cli.families import families
+
+        return families(self.name, check=self.check, as_json=self.json)
+
+
+@dataclasses.dataclass(kw_only=True)
 class Methods(Command):
     """The methods there are, or the card of one of them."""
 
@@ -156,7 +175,7 @@ def build_app() -> SubcommandApp:
         plans.command(name=method.name, help=f"Plan: {method.summary}")(command_class(method, planning=True))
     if methods:
         app.command(plans, name="plan", help="Show what a study would do and cost, and what is cached; runs nothing.")
-    for command in (Methods, Doctor, Cache, Completion):
+    for command in (Methods, Families, Doctor, Cache, Completion):
         app.command(name=command.__name__.lower(), help=command.__doc__)(command)
     return app
 

@@ -23,7 +23,6 @@ from assay.activations.subject import Prompts, Subject
 from assay.activations.values import Run
 from assay.base.errors import NumericalError
 from assay.subjects.norms import read_norm
-from assay.subjects.parts import linear_bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +62,16 @@ def decompose(subject: Subject, prompt: Prompts, answer: int, foil: int) -> Deco
     Raises:
         NumericalError: If the parts do not sum to it (1e-3 relative to the largest part), which a sound map excludes.
     """
-    sites = ["embed", *(["pos_embed"] if subject.parts.has("pos_embed") else []), "final_norm.scale"]
-    last = f"blocks.{subject.n_blocks - 1}.resid_post"
-    run = subject.run(prompt, capture=[*sites, "blocks.*.attn.z", "blocks.*.attn.out", "blocks.*.mlp.out", last])
     parts = subject.parts
+    sites = [name for name in ("embed", "pos_embed", "final_norm.scale") if parts.has(name)]
+    last = f"blocks.{subject.n_blocks - 1}.resid_post"
+    writers = [
+        f"blocks.{block}.{name}"
+        for block in range(subject.n_blocks)
+        for name in ("attn.z", "ssm.out", "mlp.out")
+        if parts.has(name, block)
+    ]
+    run = subject.run(prompt, capture=[*sites, *writers, last])
     weight, bias = parts.unembedding()
     direction = (weight[answer] - weight[foil]).float()
     norm = read_norm(parts.final_norm, parts.d_model)
@@ -79,12 +84,16 @@ def decompose(subject: Subject, prompt: Prompts, answer: int, foil: int) -> Deco
 
     found = {name: read(at(run[name])) for name in sites if name != "final_norm.scale"}
     biases = torch.zeros_like(at(run["embed"]))
-    for block in range(subject.n_blocks):
+    for writer in writers:
+        block = run.captured.resolve(writer).block or 0
+        kind = writer.split(".")[2]
+        if kind != "attn":
+            found[f"{kind.upper()}{block}"] = read(at(run[writer]))
+            continue
         heads, constant = _heads(subject, run, block)
         for head in range(heads.shape[1]):
             found[f"L{block}H{head}"] = read(heads[:, head])
         biases = biases + constant
-        found[f"MLP{block}"] = read(at(run[f"blocks.{block}.mlp.out"]))
     if bool(biases.abs().max() > 0):
         found["attention biases"] = read(biases)
     if bool(norm.bias.abs().max() > 0):
@@ -94,7 +103,7 @@ def decompose(subject: Subject, prompt: Prompts, answer: int, foil: int) -> Deco
     logits = at(run.logits).float()
     total = float((logits[:, answer] - logits[:, foil]).mean())
     if parts.softcap is not None:
-        stream = parts.unembed(parts.final_norm(at(run[last]))).float()
+        stream = (parts.unembed(parts.final_norm(at(run[last]))) * parts.logit_scale).float()
         found["soft-cap"] = total - float((stream[:, answer] - stream[:, foil]).mean())
     result = Decomposition(names=tuple(found), parts=torch.tensor(list(found.values())), total=total)
     size = max(abs(total), float(result.parts.abs().max()))
@@ -106,14 +115,14 @@ def decompose(subject: Subject, prompt: Prompts, answer: int, foil: int) -> Deco
 def _heads(subject: Subject, run: Run, block: int) -> tuple[Tensor, Tensor]:
     """Each head's own write at the last position, `[rows, heads, d_model]`, and the block's constant."""
     parts = subject.parts
-    architecture = parts.architecture
     z = run.batch.last(run[f"blocks.{block}.attn.z"])
     matrix = parts.output_matrix(block).reshape(parts.n_heads, z.shape[-1], -1)
     written = torch.einsum("rhd,hdm->rhm", z, matrix)
-    bias = linear_bias(parts.of(block, f"{architecture.attn}.{architecture.attn_proj}"))
+    bias = parts.output_bias(block)
     constant = torch.zeros_like(written[:, 0]) if bias is None else bias.expand_as(written[:, 0])
-    if architecture.attn_post_norm is None:
+    module = parts.attention_post(block)
+    if module is None:
         return written, constant
-    post = read_norm(parts.of(block, architecture.attn_post_norm), parts.d_model)
+    post = read_norm(module, parts.d_model)
     scale = post.scale(written.sum(1) + constant)
     return post.frozen(written, scale[:, None]), post.frozen(constant, scale) + post.bias

@@ -58,8 +58,7 @@ def logit_lens(subject: Subject, prompt: Prompts, answer: int, foil: int, edits:
     parts = subject.parts
 
     def read(stream: Tensor) -> Tensor:
-        logits: Tensor = parts.unembed(parts.final_norm(stream))
-        return (logits if parts.softcap is None else torch.tanh(logits / parts.softcap) * parts.softcap).float()
+        return parts.logits(stream).float()
 
     differences, probabilities, ranks, tops = [], [], [], []
     for site in sites:

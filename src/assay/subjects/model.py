@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from assay.base.errors import SpecError, UnknownSite, UnsupportedArchitecture, nearest
-from assay.base.sites import BLOCK_POINTS, Site, expand_sites, parse_site
-from assay.subjects import tokens
+from assay.base.sites import Site, expand_sites, parse_site, split_stack
+from assay.subjects import inputs, tokens
 from assay.subjects.architecture import ArchitectureMap
+from assay.subjects.declared import HEAD_NAMES, Declared, no_such_site, read_declaration
 from assay.subjects.norms import Norm, read_norm
 from assay.subjects.parts import Parts
+from assay.subjects.placement import place_of, true_weight
 from assay.subjects.points import RESIDUAL, Point
+from assay.subjects.tokens import Batch
 
 
 class Model:
@@ -44,16 +49,41 @@ class Model:
         self.module = module
         self.tokenizer = tokenizer
         self.architecture = architecture
+        self.declared: dict[str, Declared] = {}
         self.name = name or type(module).__name__
+        self.sides: tuple[str, ...] = ("left", "right")
+        self.overwritten: set[str] = set()
+        self.own_positions = False
         self._refused = ""
         self._source_fingerprint = fingerprint
         self._own_tokenizer = own_tokenizer
         self._marks = _marks(module) if fingerprint is not None else ()
 
+    def adopt(self, architecture: ArchitectureMap) -> None:
+        """Take an architecture map, before it has been proved."""
+        self.architecture, self._refused = architecture, ""
+        self.overwritten, self.own_positions, self.sides = set(), False, ("left", "right")
+        self.__dict__.pop("stacks", None)
+
+    def declare(self, sites: Mapping[str, str]) -> None:
+        """Add sites of the user's own; see `assay.subjects.declared`.
+
+        Args:
+            sites: For each name, where it is and what its dimensions are: `"lstm.out[0] | batch pos d"`.
+
+        Raises:
+            SiteError: If a declaration is not understood.
+            UnknownSite: If its module is not there.
+        """
+        for name, text in sites.items():
+            declared = read_declaration(name, text)
+            self._submodule(declared.path)
+            self.declared[name] = declared
+
     def refuse(self, why: str) -> None:
         """Give up the standard sites, because the map failed on this module; `module:` sites stay."""
         self.architecture, self._refused = None, why
-        self.__dict__.pop("parts", None)
+        self.__dict__.pop("stacks", None)
 
     def __repr__(self) -> str:
         """One line: class, name, family and size."""
@@ -64,6 +94,11 @@ class Model:
         )
 
     @property
+    def refused(self) -> str:
+        """Why it has no standard sites; "" when it has."""
+        return self._refused
+
+    @property
     def config(self) -> Any:
         """The transformers configuration, or None."""
         return getattr(self.module, "config", None)
@@ -71,20 +106,41 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the first parameter lives."""
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return place_of(self.module)[0]
 
     @cached_property
-    def parts(self) -> Parts:
-        """The modules behind the standard sites.
+    def stacks(self) -> dict[str, Parts]:
+        """The modules behind the standard sites, by stack: `{"": parts}`, or `encoder` and `decoder`.
 
         Raises:
             UnsupportedArchitecture: If the model has no architecture map.
         """
         if self.architecture is None:
-            why = self._refused or "no architecture map knows it; give its raw sites as 'module:path.out'"
-            raise UnsupportedArchitecture(f"{type(self.module).__name__} has no standard sites: {why}")
-        return Parts(self.module, self.architecture)
+            raise UnsupportedArchitecture(self._refusal)
+        return {name: Parts(self.module, self.architecture, name) for name in self.architecture.stacks}
+
+    @property
+    def _refusal(self) -> str:
+        why = self._refused or "no architecture map knows it; give its raw sites as 'module:path.out'"
+        return f"{type(self.module).__name__} has no standard sites: {why}"
+
+    @property
+    def parts(self) -> Parts:
+        """The stack that leads to the logits: the only one, or the decoder."""
+        return list(self.stacks.values())[-1]
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether a row's output depends on the other rows: two towers score every image against every text."""
+        return self.architecture is not None and "vision" in self.stacks and "text" in self.stacks
+
+    def takes(self, name: str) -> bool:
+        """Whether the module's forward has an argument of this name."""
+        return name in self._arguments
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.module.forward).parameters)
 
     def require_eval(self) -> None:
         """Refuse a module in training mode, where dropout makes every run different.
@@ -120,49 +176,107 @@ class Model:
         Raises:
             UnknownSite: If this model has no such site; the message offers the nearest that it has.
         """
-        gated = self.architecture is not None and self.architecture.mlp_gate is not None
-        site = parse_site(name, gated=gated)
+        own = self._own(name)
+        if own is not None:
+            return own
+        try:
+            site = parse_site(name, gated=self._gated(name))
+        except UnknownSite as error:
+            raise no_such_site(name, self.declared, error) from None
         self._check(site, name)
         return site
 
+    def _own(self, name: str) -> Site | None:
+        """A declared site, or one head of it."""
+        if name in self.declared:
+            return Site(name)
+        stem, _, last = name.rpartition(".")
+        if stem not in self.declared or not (last.isascii() and last.isdigit()):
+            return None
+        if not set(HEAD_NAMES) & set(self.declared[stem].dims):
+            raise UnknownSite(f"no site {name!r}: {stem!r} was declared without a head or channel")
+        return Site(stem, head=int(last))
+
+    def _gated(self, name: str) -> bool:
+        """Whether the MLPs of the stack that a name belongs to are gated."""
+        if self.architecture is None or not name.endswith("hook_pre"):
+            return False
+        parts = self.stacks.get(split_stack(name)[0])
+        return parts is not None and any(parts.has("mlp.gate", block) for block in range(len(parts.blocks)))
+
     def expand(self, names: str | Sequence[str]) -> list[Site]:
         """Read names and patterns (`blocks.*.resid_post`), in order and without repeats."""
-        gated = self.architecture is not None and self.architecture.mlp_gate is not None
         given = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else [names]
         for name in given:
             if not isinstance(name, str):
                 raise UnknownSite(f"sites are named by text, such as 'blocks.5.attn.z', not {name!r}")
-        if self.architecture is None and any(not name.startswith("module:") and name != "logits" for name in given):
-            _ = self.parts  # raises with the reason
-        return [self.site(name) for name in expand_sites(given, self.n_blocks, gated=gated)]
+        for name in given if self.architecture is None else []:
+            if not (name.startswith("module:") or name == "logits" or self._own(name)):
+                raise no_such_site(name, self.declared, UnsupportedArchitecture(self._refusal))
+        counts = {} if self.architecture is None else {name: len(parts.blocks) for name, parts in self.stacks.items()}
+        sites: dict[str, Site] = {}
+        for name in given:
+            if (own := self._own(name)) is not None:
+                sites[str(own)] = own
+                continue
+            stack, stem = split_stack(name)
+            if stem.startswith("blocks."):
+                self._check_stack(stack, stem, name)
+            for found in expand_sites(name, counts, gated=self._gated(name)):
+                site = parse_site(found)
+                if "*" in name and self._lacks(site):
+                    continue
+                self._check(site, found)
+                sites[str(site)] = site
+            if "*" in name and not any(str(parse_site(found)) in sites for found in expand_sites(name, counts)):
+                raise UnknownSite(f"no block of this model has the site {name!r}{nearest(name, self.sites())}")
+        return list(sites.values())
+
+    def _lacks(self, site: Site) -> bool:
+        """Whether a block that exists has no such point (the dense blocks of a mixture of experts have no router)."""
+        parts = self.stacks.get(site.stack)
+        return parts is not None and site.block is not None and not parts.has(site.point, site.block)
 
     def sites(self) -> list[str]:
-        """Every standard site of this model, in forward order (`logits` alone without an architecture map)."""
+        """Every site that has a name here: those declared, and the standard ones in forward order."""
         if self.architecture is None:
-            return ["logits"]
-        names = ["embed", *(["pos_embed"] if self.parts.has("pos_embed") else [])]
-        for block in range(self.n_blocks):
-            names += [f"blocks.{block}.{point}" for point in BLOCK_POINTS if self.parts.has(point)]
-        return [*names, "final_norm", "final_norm.scale", "logits"]
+            return [*self.declared, "logits"]
+        names: list[str] = list(self.declared)
+        for stack, parts in self.stacks.items():
+            outside = [point for point in parts.points(None) if not point.startswith("final_norm")]
+            inside = [f"blocks.{block}.{point}" for block in range(len(parts.blocks)) for point in parts.points(block)]
+            last = [point for point in parts.points(None) if point.startswith("final_norm")]
+            names += [f"{stack}.{name}" if stack else name for name in (*outside, *inside, *last)]
+        return [*names, "logits"]
 
     def point(self, site: Site) -> Point:
         """Where and how a site is read; heads are left to the caller."""
         if site.module is not None:
             module = self._submodule(site.point)
             return Point(module=module, path=site.point, side="in" if site.module == "in" else "out", dims=())
+        if site.point in self.declared:
+            declared = self.declared[site.point]
+            return declared.point(self._submodule(declared.path))
         if site.point == "logits":
-            return Point(module=self.module, path="", side="out", dims=(*RESIDUAL[:2], "vocab"))
-        return self.parts.point(site)
+            dims = (*RESIDUAL[:2], "vocab") if self.architecture is not None else ()
+            return Point(module=self.module, path="", side="out", dims=dims)
+        return self.stacks[site.stack].point(site)
 
     def tokens(
-        self, x: str | Sequence[str] | Tensor, *, mask: Tensor | None = None, side: str = "left"
-    ) -> tokens.Batch:
-        """Turn text, texts or token ids into a batch.
+        self,
+        x: str | Sequence[str] | Tensor | Mapping[str, Any] | tuple[Any, ...],
+        *,
+        mask: Tensor | None = None,
+        side: str | None = None,
+    ) -> Batch:
+        """Turn text, texts, token ids, or the module's own inputs into a batch.
 
         Args:
-            x: A text, a list of texts, or token ids `[batch, pos]`.
+            x: A text, a list of texts, token ids `[batch, pos]`, pixels or audio features, a mapping of the module's
+                keyword arguments, or a tuple of its positional ones. What an encoder-decoder is given as text or ids is
+                its encoder's; its decoder starts with its start token.
             mask: With token ids: 1 at real tokens.
-            side: On which side texts of different length are padded.
+            side: On which side texts of different length are padded; the left where the model keeps to itself there.
 
         Returns:
             The batch, on the model's device.
@@ -170,18 +284,48 @@ class Model:
         Raises:
             SpecError: If the input is empty, longer than the context, or text without a tokenizer.
         """
-        if isinstance(x, Tensor):
-            batch = tokens.from_ids(x.to(self.device), mask)
+        if isinstance(x, Mapping) and self.architecture is not None:
+            plain = set(x) <= {"input_ids", "attention_mask"} and "input_ids" in x and len(self.stacks) == 1
+            if plain:  # what a tokenizer gives
+                return self.tokens(x["input_ids"], mask=x.get("attention_mask"))
+            batch = inputs.batch_from(self, x)
+        elif inputs.is_own(x) and (self.architecture is None or isinstance(x, tuple)):
+            batch = inputs.own_batch(x, self.device)
+        elif isinstance(x, Tensor) and self.architecture is not None and self._not_tokens(x):
+            batch = inputs.batch_from(self, {inputs.main_input(self, x): x})
+        elif isinstance(x, Tensor):
+            batch = replace(tokens.from_ids(x.to(self.device), mask), tokenizer=self.tokenizer)
         elif mask is not None:
             raise SpecError("a mask goes with token ids; texts are masked by their own length", "mask")
         elif not isinstance(x, str | Sequence):
             raise SpecError(f"a prompt is a text, a list of texts or token ids, not {type(x).__name__}", "x")
+        elif self.architecture is not None and self.architecture.inputs != "tokens":
+            kind = self.architecture.inputs
+            raise SpecError(f"{self.name} reads {kind} and not text alone: give its inputs by name", "x")
         elif self.tokenizer is None:
             raise SpecError("this subject has no tokenizer: give token ids, or load it with tokenizer=")
         else:
-            batch = tokens.from_texts(self.tokenizer, [x] if isinstance(x, str) else x, side=side)
-            batch = tokens.Batch(ids=batch.ids.to(self.device), starts=batch.starts, lengths=batch.lengths)
+            chosen = side or next(iter(self.sides), "right")
+            batch = tokens.from_texts(self.tokenizer, [x] if isinstance(x, str) else x, side=chosen)
+            batch = replace(batch, ids=batch.ids.to(self.device))
+        if batch.inputs is None and self.architecture is not None and "decoder" in self.stacks:
+            given = {"input_ids": batch.ids, **({"attention_mask": batch.mask} if batch.padded else {})}
+            texts, batch = batch.texts, inputs.batch_from(self, given)
+            encoder = replace(batch.stacks["encoder"], texts=texts, tokenizer=self.tokenizer)
+            batch = replace(batch, stacks={**batch.stacks, "encoder": encoder}, tokenizer=self.tokenizer)
+        for part in (batch, *batch.stacks.values()):
+            self._check_batch(part)
+        return batch
+
+    def _not_tokens(self, x: Tensor) -> bool:
+        """Whether a tensor goes to the module by name: floats, or anything that a model of images or audio is given."""
+        return x.is_floating_point() or (self.architecture is not None and self.architecture.inputs != "tokens")
+
+    def _check_batch(self, batch: Batch) -> None:
+        """Refuse what the model cannot run: too long, outside its vocabulary, padded on a side it does not bear."""
         limit = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and self.own_positions:  # RoBERTa's begin after those of padding
+            limit -= 1 + (getattr(self.config, "pad_token_id", None) or 0)
         if isinstance(limit, int) and max(batch.lengths) > limit:
             raise SpecError(f"the prompt has {max(batch.lengths)} tokens, and the model's context is {limit}")
         size = getattr(self.config, "vocab_size", None)
@@ -189,7 +333,21 @@ class Model:
             raise SpecError(
                 f"token ids must lie in 0..{size - 1}; these span {int(batch.ids.min())}..{int(batch.ids.max())}"
             )
-        return batch
+        if batch.padded and self.architecture is not None:
+            shifted = any(start for start in batch.starts)
+            side = "left" if shifted else "right"
+            if side not in self.sides:
+                raise SpecError(
+                    f"{self.name} gives a prompt other logits when it is padded on the {side}: "
+                    + (f"pad on the {self.sides[0]}" if self.sides else "run prompts of one length"),
+                    "padding",
+                )
+
+    def _check_stack(self, stack: str, stem: str, given: str) -> None:
+        """Refuse a name that does not say which stack it means, or names one that is not there."""
+        if self.architecture is not None and stack not in self.stacks:
+            said = " or ".join(repr(f"{name}.{stem}" if name else stem) for name in self.stacks)
+            raise UnknownSite(f"{type(self.module).__name__} has no site {given!r}; say {said}")
 
     def _check(self, site: Site, given: str) -> None:
         if site.module is not None:
@@ -197,13 +355,14 @@ class Model:
             return
         if site.point == "logits":
             return
-        parts = self.parts
+        self._check_stack(site.stack, str(replace(site, stack="")), given)
+        parts = self.stacks[site.stack]
         if site.block is not None and site.block >= len(parts.blocks):
             raise UnknownSite(f"no site {given!r}: this model has blocks 0 to {len(parts.blocks) - 1}")
-        if not parts.has(site.point):
-            valid = [
-                s.replace("blocks.0.", f"blocks.{site.block}.") for s in self.sites() if ".0." in s or "." not in s
-            ]
+        if site.point not in parts.points(site.block):
+            prefix = f"{site.stack}." * bool(site.stack)
+            valid = [f"{prefix}blocks.{site.block}.{point}" for point in parts.points(site.block or 0)]
+            valid += [prefix + point for point in parts.points(None)]
             raise UnknownSite(f"{type(self.module).__name__} has no site {given!r}{nearest(given, valid)}")
         heads = parts.heads(site.point)
         if site.head is not None and site.head >= heads:
@@ -226,7 +385,7 @@ def _marks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _sample(tensor: Tensor) -> float:
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1) if tensor.device.type != "meta" else torch.empty(0)
     return float(flat[:: max(1, flat.numel() // 16)].double().sum()) if flat.numel() else 0.0
 
 
@@ -237,6 +396,12 @@ def weights_hash(module: nn.Module) -> str:
     if hasattr(config, "to_json_string"):
         state.update(config.to_json_string(use_diff=False).encode())
     for name, tensor in {**dict(module.named_buffers()), **module.state_dict()}.items():
+        if not isinstance(tensor, Tensor):
+            state.update(f"{name}:{tensor!r};".encode())
+            continue
+        if tensor.device.type == "meta":
+            owner, _, leaf = name.rpartition(".")
+            tensor = true_weight(module.get_submodule(owner), leaf) if leaf else tensor
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         state.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

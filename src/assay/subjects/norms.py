@@ -5,7 +5,8 @@ LayerNorm: `y = g (x - mean x) / s + b`, `s = sqrt(var x + eps)`. RMSNorm: `y = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from assay.base.errors import UnsupportedArchitecture
+from assay.subjects.placement import place_of, true_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,9 @@ class Norm:
 def read_norm(module: nn.Module, d: int) -> Norm:
     """Find out what a norm module computes by asking it.
 
+    The gain is the module's weight, or one more than it (Gemma, Nemotron), or ones; where none of these reproduces
+    what the module does, the gain is read off its output.
+
     Args:
         module: A norm over a last dimension of size `d`.
         d: That size.
@@ -66,23 +71,51 @@ def read_norm(module: nn.Module, d: int) -> Norm:
     Raises:
         UnsupportedArchitecture: If it is neither a LayerNorm nor an RMSNorm.
     """
-    parameter = next(module.parameters(), None)
-    like = torch.zeros(d) if parameter is None else torch.zeros(d, dtype=parameter.dtype, device=parameter.device)
-    eps = next((float(getattr(module, n)) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), 1e-6)
-    ones = torch.ones_like(like)
+    device, dtype = place_of(module)
+    like = torch.zeros(d, dtype=dtype, device=device)
     bias = module(like)
-    probe = torch.linspace(-2.0, 3.0, d).to(like)
+    probe = torch.linspace(-2.0, 3.0, d).to(like) + torch.sin(torch.arange(d)).to(like)
     tolerance = 5e-2 if like.dtype in (torch.float16, torch.bfloat16) else 1e-4
     here, shifted = module(probe), module(probe + 8)
     centred = bool((here - shifted).abs().max() <= 0.1 * (here - bias).abs().max())
-    if centred:
-        weight = getattr(module, "weight", None)
-        norm = Norm(kind="layer", gain=ones if weight is None else weight.detach(), bias=bias, eps=eps)
-    else:
-        norm = Norm(kind="rms", gain=(module(ones) - bias) * (1 + eps) ** 0.5, bias=bias, eps=eps)
-    error = (norm.frozen(probe, norm.scale(probe)) + norm.bias - here).abs().max()
-    if not bool(error <= tolerance * here.abs().max()):
-        raise UnsupportedArchitecture(
-            f"{type(module).__name__} is neither a LayerNorm nor an RMSNorm: a probe differs by {float(error):.2g}"
-        )
-    return norm
+    kind: Literal["layer", "rms"] = "layer" if centred else "rms"
+    eps = next((float(getattr(module, n)) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+    eps = _measure_eps(module, kind, probe, here - bias, bias) if eps is None else eps
+    error = float("inf")
+    for gain in _gains(module, like):
+        norm = Norm(kind=kind, gain=torch.ones_like(like) if gain is None else gain, bias=bias, eps=eps)
+        if gain is None:
+            norm = replace(norm, gain=(here - bias) / norm.frozen(probe, norm.scale(probe)))
+        found = norm.frozen(probe, norm.scale(probe)) + norm.bias
+        error = float((found - here).abs().max() / here.abs().max().clamp(min=1e-30))
+        other = norm.frozen(probe.flip(0), norm.scale(probe.flip(0))) + norm.bias
+        error = max(error, float((other - module(probe.flip(0))).abs().max() / here.abs().max().clamp(min=1e-30)))
+        if error <= tolerance:
+            return norm
+    raise UnsupportedArchitecture(
+        f"{type(module).__name__} is neither a LayerNorm nor an RMSNorm: a probe differs by {error:.2g}"
+    )
+
+
+def _measure_eps(module: nn.Module, kind: Literal["layer", "rms"], probe: Tensor, here: Tensor, bias: Tensor) -> float:
+    """The constant under the root of a norm that does not say it (OLMo), from how much less than itself it scales.
+
+    With `m` the mean square of `x` and `T = t^2 m`, `r = y(t x) / y(x)` is `sqrt((T + eps T / m) / (T + eps))`, so
+    `eps = T (1 - r^2) / (r^2 - T / m)`.
+    """
+    square = float((probe - probe.mean() if kind == "layer" else probe).float().pow(2).mean())
+    target = 1e-5
+    at = int(here.abs().argmax())
+    ratio = float((module(probe * (target / square) ** 0.5) - bias)[at] / here[at]) ** 2
+    found = target * (1 - ratio) / max(ratio - target / square, 1e-12)
+    return float(f"{max(found, 0.0):.2g}")
+
+
+def _gains(module: nn.Module, like: Tensor) -> Iterator[Tensor | None]:
+    """What the gain may be; None stands for reading it off the output."""
+    weight = true_weight(module)
+    if weight is not None and weight.shape == like.shape:
+        yield weight.detach().to(like)
+        yield weight.detach().to(like) + 1
+    yield torch.ones_like(like)
+    yield None

@@ -1,214 +1,281 @@
-"""The modules of one model that an architecture map names, and the points on them."""
+"""The modules of one stack that an architecture map names, and the points on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from assay.base.errors import UnsupportedArchitecture
 from assay.base.sites import HEAD_POINTS, Site
-from assay.subjects.architecture import ArchitectureMap, FusedProjection
+from assay.subjects.architecture import ArchitectureMap, Latent, Path, Stack, setting
+from assay.subjects.block_points import BlockPoints, linear_bias, linear_matrix, read_field
 from assay.subjects.norms import read_norm
-from assay.subjects.points import RESIDUAL, Dims, Point, ResultPoint, ScalePoint
-
-HEADS: Dims = ("batch", "pos", "head", "d_head")
-HIDDEN: Dims = ("batch", "pos", "d_mlp")
-PATTERN: Dims = ("batch", "head", "query", "key")
+from assay.subjects.placement import true_weight
+from assay.subjects.points import RESIDUAL, Dims, Point, PositionsPoint, ScalePoint
 
 
 class Parts:
-    """The parts of a decoder, found by their paths.
+    """The parts of one stack of a model, found by their paths.
 
     Args:
-        module: The causal language model.
+        module: The model.
         architecture: Its family's map.
+        name: The stack's name; "" when there is one.
 
     Raises:
         UnsupportedArchitecture: If a path leads nowhere.
     """
 
-    def __init__(self, module: nn.Module, architecture: ArchitectureMap) -> None:
-        self.module = module
-        self.architecture = architecture
-        config: Any = module.config
-        self.blocks = list(self._get(module, architecture.blocks))  # type: ignore[call-overload]
-        self.final_norm = self._get(module, architecture.final_norm)
-        self.unembed: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
-        self.d_model: int = config.hidden_size
-        self.n_heads: int = config.num_attention_heads
-        self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
-        self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
-        self.parallel = architecture.is_parallel(config)
-        self.softcap = architecture.softcap(config)
+    def __init__(self, module: nn.Module, architecture: ArchitectureMap, name: str = "") -> None:
+        self.module, self.architecture, self.name = module, architecture, name
+        self.stack: Stack = architecture.stacks[name]
+        self.base, self.prefix = _base(module, architecture)
+        whole: Any = module.config
+        config: Any = getattr(whole, self.stack.config, whole) if self.stack.config else whole
+        self.config = config
+        self.blocks = list(self._get(self.base, self.stack.blocks))  # type: ignore[call-overload]
+        self.d_model = int(read_field(config, "hidden_size", "d_model", "n_embd"))
+        self.parallel = bool(setting(config, self.stack.parallel))
+        self.post_norm = bool(setting(config, self.stack.post_norm))
+        if self.stack.attn is not None:
+            self.n_heads, self.n_kv_heads = self._count_heads(config)
+        else:
+            self.n_heads = self.n_kv_heads = 0
+        self.embed_factor = float(setting(config, self.stack.embed_scale) or 1.0)
+        self.factor = float(setting(config, self.stack.residual_scale) or 1.0)
+        self._points: dict[int | None, dict[str, Callable[[], Point]]] = {}
         for block in range(len(self.blocks)):
-            for path in (architecture.norm1, architecture.norm2, architecture.attn, architecture.mlp):
-                self.of(block, path)
+            self.points(block)
 
-    def of(self, block: int, path: str) -> nn.Module:
+    def _count_heads(self, config: Any) -> tuple[int, int]:
+        stated = setting(config, self.stack.n_heads)
+        side = "encoder_attention_heads" if self.name == "encoder" else "decoder_attention_heads"
+        heads = int(stated or read_field(config, side, "num_attention_heads", "n_head", "num_heads", "n_heads"))
+        kv = setting(config, self.stack.n_kv_heads)
+        return heads, int(kv or getattr(config, "num_key_value_heads", None) or heads)
+
+    # What the stack is
+
+    @cached_property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last block (an identity where there is none)."""
+        found = self.find(self.base, self.stack.final_norm)
+        return nn.Identity() if found is None else found[0]
+
+    @property
+    def unembed(self) -> nn.Module:
+        """The unembedding.
+
+        Raises:
+            UnsupportedArchitecture: If the stream is not unembedded by a norm and one matrix.
+        """
+        if not self.has_unembedding:
+            raise UnsupportedArchitecture(
+                f"{type(self.module).__name__} has no unembedding that reads its final norm: its logits are not linear "
+                f"in the residual stream"
+            )
+        found: nn.Module = self.module.get_output_embeddings()  # type: ignore[operator]
+        project = self.find(self.base, self.architecture.head.project)
+        return found if project is None else Projected(project[0], found)
+
+    @cached_property
+    def has_unembedding(self) -> bool:
+        """Whether logits are the final norm's output times a matrix, scaled and capped."""
+        leads = self.name == list(self.architecture.stacks)[-1]
+        get = getattr(self.module, "get_output_embeddings", None)
+        return leads and self.architecture.head.linear and get is not None and get() is not None
+
+    @cached_property
+    def softcap(self) -> float | None:
+        """The final logits' soft-cap, or None."""
+        value = setting(self.module.config, self.architecture.head.softcap)
+        return None if value is None else float(value)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What the logits are multiplied by before the soft-cap."""
+        head, config = self.architecture.head, self.module.config
+        scale, divisor = setting(config, head.scale), setting(config, head.divisor)
+        return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """From the stream after the last block to logits, `[..., d_model] -> [..., vocab]`, by the model's modules."""
+        logits: Tensor = self.unembed(self.final_norm(hidden))
+        offset = self._logits_bias
+        logits = logits if offset is None else logits + offset
+        logits = logits if self.logit_scale == 1.0 else logits * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        """`W_U` as `[vocab, d_model]`, and the bias `[vocab]` or None, with the logits' scale in both."""
+        bias: Tensor | None = getattr(self.unembed, "bias", None)
+        offset = self._logits_bias
+        bias = bias if offset is None else offset if bias is None else bias + offset
+        weight = true_weight(self.unembed)
+        assert weight is not None
+        if self.logit_scale == 1.0:
+            return weight, bias
+        return weight * self.logit_scale, None if bias is None else bias * self.logit_scale
+
+    @property
+    def _logits_bias(self) -> Tensor | None:
+        """A buffer that some encoder-decoders add to the logits, `[vocab]`."""
+        offset = getattr(self.module, "final_logits_bias", None)
+        return offset.reshape(-1) if isinstance(offset, Tensor) and bool(offset.any()) else None
+
+    def of(self, block: int, path: Path) -> nn.Module:
         """A module inside a block."""
         return self._get(self.blocks[block], path)
 
     def attention(self, block: int) -> nn.Module:
         """A block's attention module."""
-        return self.of(block, self.architecture.attn)
+        assert self.stack.attn is not None
+        return self.of(block, self.stack.attn.path)
+
+    def output_projection(self, block: int) -> nn.Module:
+        """The module that multiplies `z` by `W_O`."""
+        assert self.stack.attn is not None
+        return self.of(block, self.stack.attn.proj)
 
     def output_matrix(self, block: int) -> Tensor:
         """`W_O`, `[heads * d_head, d_model]`: what `z` is multiplied by on its way out."""
-        return linear_matrix(self.of(block, f"{self.architecture.attn}.{self.architecture.attn_proj}"))
+        matrix = linear_matrix(self.output_projection(block))
+        return matrix if self.factor == 1.0 else matrix * self.factor
 
-    def unembedding(self) -> tuple[Tensor, Tensor | None]:
-        """`W_U` as `[vocab, d_model]`, and the bias `[vocab]` or None."""
-        bias = getattr(self.unembed, "bias", None)
-        weight: Tensor = self.unembed.weight  # type: ignore[assignment]
-        return weight, bias
+    def output_bias(self, block: int) -> Tensor | None:
+        """The output projection's bias, `[d_model]`, or None."""
+        bias = linear_bias(self.output_projection(block))
+        return bias if bias is None or self.factor == 1.0 else bias * self.factor
+
+    def attention_post(self, block: int) -> nn.Module | None:
+        """The module between attention's projection and the stream, if there is one."""
+        assert self.stack.attn is not None
+        found = self.find(self.blocks[block], self.stack.attn.post)
+        return None if found is None else found[0]
 
     def heads(self, point: str) -> int:
         """How many heads a point has (0 for none): keys and values have the model's true number."""
         if point not in HEAD_POINTS:
             return 0
-        return self.n_kv_heads if point in ("attn.k", "attn.v", "attn.rot_k") else self.n_heads
+        latent = self.stack.attn is not None and isinstance(self.stack.attn.qkv, Latent)
+        return self.n_kv_heads if point.endswith((".k", ".v", ".rot_k")) and not latent else self.n_heads
 
-    def has(self, point: str) -> bool:
-        """Whether this architecture has a point."""
-        return {
-            "resid_mid": not self.parallel,
-            "mlp.gate": self.architecture.mlp_gate is not None,
-            "pos_embed": self.architecture.pos_embed is not None,
-        }.get(point, True)
+    # Its points
+
+    def has(self, point: str, block: int = 0) -> bool:
+        """Whether there is such a point, in a block or outside the blocks."""
+        return point in self.points(block) or point in self.points(None)
+
+    def points(self, block: int | None) -> dict[str, Callable[[], Point]]:
+        """The points of a block (or of what is outside the blocks), in forward order, each to be built when asked."""
+        if block not in self._points:
+            self._points[block] = self._outside() if block is None else BlockPoints(self, block).table()
+        return self._points[block]
 
     def point(self, site: Site) -> Point:
         """The point of a standard site."""
-        if site.block is None:
-            return self._outside(site.point)
-        group, _, name = site.point.rpartition(".")
-        if site.point.startswith("norm"):
-            return self._norm_point(site.block, site.point)
-        return {"": self._residual, "attn": self._attn, "mlp": self._mlp}[group](site.block, name)
+        return self.points(site.block)[site.point]()
 
-    def _outside(self, point: str) -> Point:
-        architecture = self.architecture
-        if point in ("embed", "pos_embed"):
-            path = architecture.embed if point == "embed" else architecture.pos_embed
-            assert path is not None
-            return Point(module=self._get(self.module, path), path=path, side="out", dims=RESIDUAL)
-        if point == "final_norm":
-            return Point(module=self.final_norm, path=architecture.final_norm, side="out", dims=RESIDUAL)
-        return self._scale(self.final_norm, architecture.final_norm)
+    def _outside(self) -> dict[str, Callable[[], Point]]:
+        table: dict[str, Callable[[], Point]] = {}
+        for name, path, factor in (
+            ("embed", self.stack.embed, self.embed_factor),
+            ("pos_embed", self.stack.pos_embed, 1.0),
+            ("final_norm", self.stack.final_norm, 1.0),
+        ):
+            found = self.find(self.base, path)
+            if found is not None and name == "pos_embed":
+                at = {"module": found[0], "path": found[1], "stack": self.name}
+                table[name] = partial(PositionsPoint, side="out", dims=RESIDUAL, **at)  # type: ignore[arg-type]
+            elif found is not None:
+                table[name] = self.writes(found, RESIDUAL, factor=factor)
+        if "final_norm" in table:
+            table["final_norm.scale"] = lambda: self.scale(*self.found(self.base, self.stack.final_norm))
+        return table
 
-    def _scale(self, module: nn.Module, path: str) -> ScalePoint:
+    def writes(self, found: tuple[nn.Module, str], dims: Dims, **more: Any) -> Callable[[], Point]:
+        """A point at a module's output."""
+        module, path = found
+        return lambda: Point(module=module, path=path, side="out", dims=dims, stack=self.name, **more)
+
+    def reads(self, found: tuple[nn.Module, str], dims: Dims, **more: Any) -> Callable[[], Point]:
+        """A point at a module's input."""
+        module, path = found
+        return lambda: Point(module=module, path=path, side="in", dims=dims, stack=self.name, **more)
+
+    def scale(self, module: nn.Module, path: str) -> ScalePoint:
+        """A point at a norm's denominator."""
         norm = read_norm(module, self.d_model)
-        return ScalePoint(module=module, path=path, side="in", dims=(*RESIDUAL[:2], "one"), norm=norm)
+        dims = (*RESIDUAL[:2], "one")
+        return ScalePoint(module=module, path=path, side="in", dims=dims, norm=norm, stack=self.name)
 
-    def _norm_point(self, block: int, point: str) -> Point:
-        name, _, scale = point.partition(".")
-        path = self.architecture.norm1 if name == "norm1" else self.architecture.norm2
-        module = self.of(block, path)
-        full = f"{self.architecture.blocks}.{block}.{path}"
-        return self._scale(module, full) if scale else Point(module=module, path=full, side="out", dims=RESIDUAL)
+    # Finding modules
 
-    def _residual(self, block: int, name: str) -> Point:
-        path = f"{self.architecture.blocks}.{block}"
-        if name == "resid_mid":
-            return Point(
-                module=self.of(block, self.architecture.norm2),
-                path=f"{path}.{self.architecture.norm2}",
-                side="in",
-                dims=RESIDUAL,
-                in_place=True,
-            )
-        side = "in" if name == "resid_pre" else "out"
-        return Point(module=self.blocks[block], path=path, side=side, dims=RESIDUAL)  # type: ignore[arg-type]
+    def find(self, root: nn.Module, path: Path | None) -> tuple[nn.Module, str] | None:
+        """The first of several paths that is there, with its full name; None if none is."""
+        for candidate in (path,) if isinstance(path, str) else path or ():
+            try:
+                found = root.get_submodule(candidate)
+            except AttributeError:
+                continue
+            return found, self.name_of(root, candidate)
+        return None
 
-    def _attn(self, block: int, name: str) -> Point:
-        architecture = self.architecture
-        path = f"{architecture.blocks}.{block}.{architecture.attn}"
-        attention = self.attention(block)
-        if name in ("rot_q", "rot_k", "scores", "pattern"):
-            dims, head_dim = (HEADS, 2) if name.startswith("rot") else (PATTERN, 1)
-            return Point(module=attention, path=path, side="attention", dims=dims, head_dim=head_dim)
-        if name == "out":
-            norm = architecture.attn_post_norm
-            where, module = (
-                (f"{architecture.blocks}.{block}.{norm}", self.of(block, norm)) if norm else (path, attention)
-            )
-            return Point(module=module, path=where, side="out", dims=RESIDUAL)
-        projection = self._get(attention, architecture.attn_proj)
-        where = f"{path}.{architecture.attn_proj}"
-        if name == "z":
-            view = _split_heads(self.n_heads)
-            return Point(module=projection, path=where, side="in", dims=HEADS, view=view, head_dim=2)
-        if name == "result":
-            return ResultPoint(
-                module=projection,
-                path=where,
-                side="out",
-                dims=("batch", "pos", "head", "d_model"),
-                head_dim=2,
-                n_heads=self.n_heads,
-                weight=lambda: linear_matrix(projection),
-            )
-        return self._projection(attention, path, name)
-
-    def _projection(self, attention: nn.Module, path: str, name: str) -> Point:
-        projections = self.architecture.projections
-        if isinstance(projections, FusedProjection):
-            where, view = projections.path, _fused(projections.layout, "qkv".index(name), self.n_heads)
-        else:
-            where = {"q": projections.q, "k": projections.k, "v": projections.v}[name]
-            view = _split_heads(self.heads(f"attn.{name}"))
-        return Point(
-            module=self._get(attention, where), path=f"{path}.{where}", side="out", dims=HEADS, view=view, head_dim=2
-        )
-
-    def _mlp(self, block: int, name: str) -> Point:
-        architecture = self.architecture
-        root = f"{architecture.blocks}.{block}"
-        if name == "out":
-            path = architecture.mlp_post_norm or architecture.mlp
-            return Point(module=self.of(block, path), path=f"{root}.{path}", side="out", dims=RESIDUAL)
-        if name == "in":
-            mlp = self.of(block, architecture.mlp)
-            return Point(module=mlp, path=f"{root}.{architecture.mlp}", side="in", dims=RESIDUAL)
-        leaf = {"pre": architecture.mlp_up, "gate": architecture.mlp_gate, "post": architecture.mlp_down}[name]
-        path = f"{architecture.mlp}.{leaf}"
-        side = "in" if name == "post" else "out"
-        return Point(module=self.of(block, path), path=f"{root}.{path}", side=side, dims=HIDDEN)  # type: ignore[arg-type]
-
-    def _get(self, root: nn.Module, path: str) -> nn.Module:
-        try:
-            return root.get_submodule(path)
-        except AttributeError:
+    def found(self, root: nn.Module, path: Path | None) -> tuple[nn.Module, str]:
+        """The first of several paths that is there."""
+        found = self.find(root, path)
+        if found is None:
             raise UnsupportedArchitecture(
                 f"the map of {self.architecture.family} expects {path!r} in {type(root).__name__}, which is not there"
-            ) from None
+            )
+        return found
+
+    def _get(self, root: nn.Module, path: Path) -> nn.Module:
+        return self.found(root, path)[0]
+
+    def name_of(self, root: nn.Module, path: str) -> str:
+        """The full name of a module by its path in the base model or in a block."""
+        inside = "" if root is self.base else f"{self.stack.blocks}.{self._index[id(root)]}"
+        return ".".join(part for part in (self.prefix, inside, path) if part)
+
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        return {id(block): i for i, block in enumerate(self.blocks)}
 
 
-def linear_matrix(module: nn.Module) -> Tensor:
-    """A linear map's matrix as `[in, out]`, for `nn.Linear` and transformers' `Conv1D` alike."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, nn.Linear) else weight
+class Projected(nn.Module):
+    """Two linear maps as one, where the embeddings are narrower than the stream (OPT-350M)."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One after the other."""
+        out: Tensor = self.second(self.first(x))
+        return out
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of their matrices, `[out, in]`."""
+        return (linear_matrix(self.first) @ linear_matrix(self.second)).T
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What they add to a stream of zeros, `[out]`, or None."""
+        first, second = linear_bias(self.first), linear_bias(self.second)
+        return second if first is None else self.second(first)
 
 
-def linear_bias(module: nn.Module) -> Tensor | None:
-    """A linear map's bias, or None."""
-    bias: Tensor | None = getattr(module, "bias", None)
-    return bias
-
-
-def _split_heads(n_heads: int) -> Callable[[Tensor], Tensor]:
-    def view(raw: Tensor) -> Tensor:
-        return raw.view(*raw.shape[:-1], n_heads, -1)
-
-    return view
-
-
-def _fused(layout: str, index: int, n_heads: int) -> Callable[[Tensor], Tensor]:
-    def thirds(raw: Tensor) -> Tensor:
-        return raw.view(*raw.shape[:-1], 3, n_heads, -1).select(-3, index)
-
-    def per_head(raw: Tensor) -> Tensor:
-        return raw.view(*raw.shape[:-1], n_heads, 3, -1).select(-2, index)
-
-    return thirds if layout == "thirds" else per_head
+def _base(module: nn.Module, architecture: ArchitectureMap) -> tuple[nn.Module, str]:
+    """The base model and its path; the module itself when it has none."""
+    if architecture.base is not None:
+        return module.get_submodule(architecture.base), architecture.base
+    base: nn.Module = getattr(module, "base_model", module)
+    if base is module:
+        return module, ""
+    return base, next(name for name, found in module.named_modules() if found is base)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from assay.base.errors import SpecError
+from assay.subjects.positions import At, Reading, Span, read_ids, read_text, select
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +24,23 @@ class Batch:
         ids: `[batch, pos]`.
         starts: The column of each row's first real token (0 unless padded on the left).
         lengths: The number of real tokens of each row.
-        inputs: Extra keyword arguments for the module's forward.
+        inputs: The module's own keyword arguments, where they are not these ids: pixels, or an encoder's ids and a
+            decoder's. The ids are then those of the stack that leads to the logits, or zeros where it has none.
+        args: The module's positional arguments, likewise.
+        stacks: The rows and positions of the other stacks, by name.
+        texts: The prompts as they were given, if they were texts.
+        tokenizer: What made the ids, or can read them; needed for positions by text.
     """
 
     ids: Int[Tensor, "batch pos"]
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    inputs: Mapping[str, Any] | None = None
+    args: tuple[Any, ...] = ()
+    stacks: Mapping[str, Batch] = field(default_factory=dict)
+    texts: tuple[str, ...] | None = None
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    _read: dict[int, Reading] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -52,37 +65,113 @@ class Batch:
         lengths = torch.tensor(self.lengths, device=self.ids.device)[:, None]
         return ((columns >= starts) & (columns < starts + lengths)).long()
 
+    @property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """Each token's place in its own prompt, from 0; `[batch, pos]`."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
     def last(self, x: Tensor) -> Tensor:
         """Each row's value at its last real token: `[batch, pos, ...] -> [batch, ...]`."""
         columns = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
         return x[torch.arange(self.size, device=x.device), torch.tensor(columns, device=x.device)]
 
-    def forward_inputs(self) -> dict[str, Tensor]:
+    def of(self, stack: str) -> Batch:
+        """The rows and positions of a stack: this batch, unless the stack has its own."""
+        return self.stacks.get(stack, self) if self.stacks else self
+
+    def repeat(self, times: int) -> Batch:
+        """The same prompts several times over."""
+
+        def again(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.size
+            return value.repeat(times, *[1] * (value.ndim - 1)) if fits else value
+
+        return replace(
+            self,
+            ids=self.ids.repeat(times, 1),
+            starts=self.starts * times,
+            lengths=self.lengths * times,
+            inputs=None if self.inputs is None else {name: again(value) for name, value in self.inputs.items()},
+            args=tuple(map(again, self.args)),
+            stacks={name: batch.repeat(times) for name, batch in self.stacks.items()},
+            texts=None if self.texts is None else self.texts * times,
+        )
+
+    def forward_inputs(self) -> dict[str, Any]:
         """Keyword arguments for a transformers model: mask and positions only where padding makes them matter."""
+        if self.inputs is not None or self.args:
+            return dict(self.inputs or {})
         if not self.padded:
             return {"input_ids": self.ids}
-        mask = self.mask
-        return {
-            "input_ids": self.ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-        }
+        return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
 
-    def columns(self, positions: Any) -> list[list[int]] | None:
+    def sized(self, width: int) -> Batch:
+        """The same rows at a site with positions of its own (frames, patches): as many as it has, all real.
+
+        Args:
+            width: How many positions the site has.
+
+        Raises:
+            SpecError: If the rows are padded, and the site's positions are not the prompts'.
+        """
+        if width == self.width:
+            return self
+        if self.padded:
+            raise SpecError(f"the prompts are padded to {self.width} tokens, and the site has {width} positions")
+        ids = torch.zeros(self.size, width, dtype=torch.long, device=self.ids.device)
+        return replace(self, ids=ids, starts=(0,) * self.size, lengths=(width,) * self.size, texts=None, tokenizer=None)
+
+    def prompt(self, row: int) -> list[int]:
+        """The real tokens of a row."""
+        start, length = self.starts[row], self.lengths[row]
+        ids: list[int] = self.ids[row, start : start + length].tolist()
+        return ids
+
+    def read(self, row: int) -> Reading:
+        """A row as its tokens spell it, for positions by text.
+
+        Raises:
+            SpecError: If there is no tokenizer to read it with.
+        """
+        if row not in self._read:
+            if self.tokenizer is None:
+                raise SpecError(
+                    "positions by text need a tokenizer to read the prompts with: load the subject with tokenizer=",
+                    "positions",
+                )
+            ids = self.prompt(row)
+            own = None if self.texts is None else read_text(self.tokenizer, self.texts[row], ids)
+            self._read[row] = read_ids(self.tokenizer, ids) if own is None else own
+        return self._read[row]
+
+    def columns(self, positions: Any, rows: Sequence[int] | None = None) -> list[list[int]] | None:
         """Turn prompt-relative positions into columns, one list a row; None stands for every column.
 
         Args:
-            positions: None (all), "last", an int (negative counts from the row's end), a slice, or a sequence of ints.
+            positions: None (all), "last", an int (negative counts from the row's end), a slice, a sequence of ints,
+                a sequence of such sequences (one a row), `At` or `Span`.
+            rows: The rows that are looked at; the lists of others are empty.
 
         Returns:
             One list of columns a row.
 
         Raises:
-            IndexError: If a position lies outside a prompt.
+            IndexError: If a position lies outside a prompt, or a text is not in it.
+            SpecError: If positions by text are asked of prompts that cannot be read.
         """
         if positions is None:
             return None
-        return [_row_columns(positions, start, n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        each = _each_row(positions, self.size)
+        wanted = range(self.size) if rows is None else set(rows)
+        return [self._row_columns(each[row], row) if row in wanted else [] for row in range(self.size)]
+
+    def _row_columns(self, positions: Any, row: int) -> list[int]:
+        if isinstance(positions, Span) and (self.texts is None or not getattr(self.tokenizer, "is_fast", False)):
+            why = "were token ids" if self.texts is None else "have a tokenizer without offsets"
+            raise SpecError(f"{positions} counts characters of a text, and these prompts {why}", "positions")
+        if isinstance(positions, At | Span):
+            return [self.starts[row] + p for p in select(positions, partial(self.read, row), row)]
+        return _row_columns(positions, self.starts[row], self.lengths[row])
 
 
 def is_whole_number(value: Any) -> bool:
@@ -114,7 +203,7 @@ def whole_numbers(selector: Any) -> list[int]:
 def _row_columns(positions: Any, start: int, length: int) -> list[int]:
     if isinstance(positions, str):
         if positions != "last":
-            raise IndexError(f"positions={positions!r}; the only word is 'last'")
+            raise IndexError(f"positions={positions!r}; the only word is 'last' (a text is found by At({positions!r}))")
         positions = -1
     if isinstance(positions, slice):
         return [start + p for p in range(*positions.indices(length))]
@@ -123,6 +212,18 @@ def _row_columns(positions: Any, start: int, length: int) -> list[int]:
         if not -length <= p < length:
             raise IndexError(f"position {p} is outside a prompt of {length} tokens")
     return [start + (p % length) for p in many]
+
+
+def _each_row(positions: Any, size: int) -> Sequence[Any]:
+    """One selector a row: a sequence of sequences is already that."""
+    nested = isinstance(positions, Sequence) and not isinstance(positions, str)
+    if isinstance(positions, Tensor):
+        nested, positions = positions.ndim == 2, positions.tolist() if positions.ndim == 2 else positions
+    if not nested or not any(isinstance(item, Sequence | Tensor) and not is_whole_number(item) for item in positions):
+        return [positions] * size
+    if len(positions) != size:
+        raise IndexError(f"positions for {len(positions)} rows, and there are {size}")
+    return list(positions)
 
 
 def from_ids(ids: Tensor, mask: Tensor | None = None) -> Batch:
@@ -188,7 +289,8 @@ def from_texts(tokenizer: Any, texts: Sequence[str], *, side: str = "left", spec
     starts = tuple(width - len(row) if side == "left" else 0 for row in rows)
     for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
         ids[i, start : start + len(row)] = torch.tensor(row)
-    return Batch(ids=ids, starts=starts, lengths=tuple(map(len, rows)))
+    lengths = tuple(map(len, rows))
+    return Batch(ids=ids, starts=starts, lengths=lengths, texts=tuple(texts), tokenizer=tokenizer)
 
 
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -158,11 +158,14 @@ def imported(python: Path, library: str) -> dict[str, Any]:
 def everything(options: argparse.Namespace) -> dict[str, Any]:
     """Do all works in all libraries."""
     where, failed = pythons(options)
-    results: Results = {}
+    found: dict[str, Any] = {"machine": machine(), "command": shlex.join(["python", *sys.argv]), "results": {}}
+    if options.resume and options.json and options.json.is_file():
+        found["results"] = json.loads(options.json.read_text("utf-8"))["results"]
+    results: Results = found["results"]
     for work in options.only:
-        results[work] = {key: {"error": why} for key, why in failed.items()}
+        results.setdefault(work, {}).update({key: {"error": why} for key, why in failed.items()})
         for library, python in where.items():
-            if work == "growth" and library != "assay":
+            if (work == "growth" and library != "assay") or "error" not in results[work].get(library, {"error": ""}):
                 continue
             say(f"{work}: {LIBRARIES[library]}")
             if work == "memory":
@@ -171,7 +174,9 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
                 results[work][library] = imported(python, library)
             else:
                 results[work][library] = measured(python, library, work, options)
-    return {"machine": machine(), "command": shlex.join(["python", *sys.argv]), "results": results}
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -277,6 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="make the peers' environments again")
     parser.add_argument("--allocator", choices=("warm", "system"), default="warm", help="see above; for timings")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
+    parser.add_argument("--resume", action="store_true", help="do not measure again what is in --json FILE")
     parser.add_argument("--markdown", action="store_true", help="print only the tables, for the README")
     options = parser.parse_args()
     quick = [work for work in WORKS if work not in ("sweep-large", "growth")]
@@ -298,8 +304,6 @@ def main() -> None:
     assay.load(options.model)  # fetched and converted, if it was not
     options.folder = resolve(options.model).folder
     found = everything(options)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     where = found["machine"]
     print(f"{where['date']}, {where['cores']} {where['machine']} cores, one thread, Python {where['python']}, ", end="")
     print(f"{versions(found['results'])}; `{found['command']}`\n")

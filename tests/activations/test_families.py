@@ -5,56 +5,26 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from family_facts import ROWS, At, Row, inputs
+from family_facts import ROWS, At, inputs
+from family_models import Built, built, close
 from plain_hooks import attention_calls, eager_copy, logits_of, read_all, run_changed, softmaxes, traces
-from torch import Tensor, nn
+from torch import Tensor
 
 import assay
 from assay.base.errors import InvalidEdit, UnknownSite
 from assay.subjects.families import FAMILIES
-from assay.subjects.tiny import tiny_model
 
 DERIVED = re.compile(r"(attn\.(rot_q|rot_k|scores|pattern|result)|\.scale|^logits)$")
 BLOCKED = -1e30
 
 
-class Built:
-    """A family's tiny model, its subject and an input; shared by all tests, because none may leave a trace on it."""
-
-    def __init__(self, name: str) -> None:
-        self.row: Row = ROWS[name]
-        self.module: Any = tiny_model(self.row.model_type, **self.row.settings)
-        self.before = traces(self.module)
-        self.subject: Any = assay.load(self.module)
-        self.called = inputs(self.row.inputs)
-        self.x: Any = self.called["input_ids"] if self.row.inputs == "tokens" else self.called
-
-    def attentions(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Attention modules by the name of their sites: what holds the map that makes the queries."""
-        return {
-            site.removesuffix(".q"): module.get_submodule(at.path.rpartition(".")[0])
-            for site, at in self.row.facts.items()
-            if site.endswith("attn.q")
-        }
-
-
-@cache
-def built(name: str) -> Built:
-    return Built(name)
-
-
 @pytest.fixture(params=list(ROWS), name="family")
 def _family(request: pytest.FixtureRequest) -> Built:
     return built(request.param)
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool((found - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max())))
 
 
 def test_every_model_type_has_its_facts() -> None:

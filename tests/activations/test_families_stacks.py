@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from family_facts import inputs
-from test_families import Built, built, close
+from family_models import Built, built, close
 from torch import Tensor
 
 import assay

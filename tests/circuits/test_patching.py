@@ -74,7 +74,7 @@ def test_the_stream_entering_the_first_block_is_the_prompt(make_case: Callable[.
         grid = patch_grid(case.subject, task, "resid_pre", direction)
         assert float(grid.normalised[0, 3]) == pytest.approx(1, abs=1e-5)
         assert float(grid.normalised[0].sum()) == pytest.approx(1, abs=1e-5)
-        assert torch.allclose(grid.effects[:, :3], torch.zeros(3, 3), atol=1e-6)
+        assert torch.allclose(grid.effects[:, :3], torch.zeros(3, 3), atol=1e-5)  # rounding of logits near 10
         assert float(grid.effects[1:, 4:].abs().max()) > 1e-2
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import CTRLConfig, CTRLLMHeadModel
 
 import assay
 from assay import Study
@@ -61,8 +61,7 @@ def test_a_model_that_is_nan_all_over_is_not_blamed_on_its_architecture(
 def test_a_model_of_unknown_architecture_is_told_so(tiny_tokenizer: Any, kind: str) -> None:
     module: torch.nn.Module = torch.nn.Embedding(128, 128)
     if kind == "a language model":
-        sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_attention_heads": 2}
-        module = OPTForCausalLM(OPTConfig(vocab_size=128, num_hidden_layers=2, **sizes)).eval()
+        module = CTRLLMHeadModel(CTRLConfig(vocab_size=128, n_embd=16, dff=16, n_layer=2, n_head=2)).eval()
     subject = assay.load(module, tokenizer=tiny_tokenizer)
     with pytest.raises(UnsupportedArchitecture, match="no architecture map knows it"):
         Study(method="explain", spec={"prompt": CLEAN}).run(subject=subject)

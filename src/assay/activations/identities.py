@@ -258,7 +258,7 @@ class Identities:
         value = value.repeat_interleave(int(shapes[0]), 2)
         if pattern.shape[1] * value.shape[-1] != z.shape[2] * z.shape[3]:
             return failed(identity, f"{pattern.shape[1]} heads of {value.shape[-1]}, and z is {tuple(z.shape[2:])}")
-        return self.check(identity, torch.einsum("bhqk,bkhd->bqhd", pattern, value.to(pattern.device)), z)
+        return self.check(identity, torch.einsum("bhqk,bkhd->bqhd", pattern.float(), value.to(pattern.device).float()), z)
 
     def written(self, i: int, out: str, module: nn.Module, x: Tensor, post: Any, what: str) -> Check:
         """A projection, and what stands between it and the stream, give what a layer writes."""
@@ -269,7 +269,7 @@ class Identities:
             matrix, bias = linear_matrix(module), linear_bias(module)
             if x.shape[-1] != matrix.shape[0]:
                 return failed(identity, f"they are {x.shape[-1]} and {matrix.shape[0]} wide")
-            found = x @ matrix.to(x.device)
+            found = x.to(matrix.dtype) @ matrix.to(x.device)
             found = found if bias is None else found + bias.to(x.device)
         between = self.parts.find(self.parts.blocks[i], post)
         found = found if between is None else between[0](found)
@@ -357,7 +357,7 @@ class Identities:
             if normed.shape[-1] != weight.shape[-1]:
                 yield failed(what, f"they are {normed.shape[-1]} and {weight.shape[-1]} wide")
                 return
-            logits = normed @ weight.T + (0 if bias is None else bias)
+            logits = normed.to(weight.dtype) @ weight.T + (0 if bias is None else bias)
             if parts.softcap is not None:
                 logits = parts.softcap * torch.tanh(logits / parts.softcap)
             yield self.check(what, logits, self.run.logits)

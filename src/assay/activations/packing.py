@@ -180,28 +180,32 @@ class Packing:
     def _make_rows(self, members: list[list[int]]) -> tuple[Rows, Tensor, Tensor]:
         """Rows of the suffixes given, the tokens in them, and each one's entry."""
         size, width = self.batch.size, self.batch.width
-        row_of, offset = torch.full((2, len(self.prompts)), -1)
+        row_of, offset, past = [-1] * len(self.prompts), [0] * len(self.prompts), []
         for i, suffixes in enumerate(members):
-            lengths = width - self.first[suffixes]
-            row_of[suffixes], offset[suffixes] = i, lengths.cumsum(0) - lengths
-        tokens = (row_of[self.suffixes] >= 0).nonzero()[:, 0]
+            filled = 0
+            for one in suffixes:
+                row_of[one], offset[one] = i, filled
+                filled += width - self.starts[one // size]
+            past.append(max(self.starts[one // size] for one in suffixes))
+        place = torch.tensor([row_of, offset])[:, self.suffixes]
+        tokens = (place[0] >= 0).nonzero()[:, 0]
         suffix, column = self.suffixes[tokens], self.columns.cpu()[tokens]
-        row, start = row_of[suffix], self.first[suffix]
-        at = offset[suffix] + column - start
-        past = torch.stack([self.first[suffixes].max() for suffixes in members])[:, None]
-        prompts = self.prompts[torch.tensor([suffixes[0] for suffixes in members])]
-        n_entries, n_keys = int(at.max()) + 1, -(-(int((past[row, 0] + at).max()) + 1) // KEYS) * KEYS
+        row, start = place[0, tokens], self.first[suffix]
+        at = place[1, tokens] + column - start
+        before = torch.tensor(past)[:, None]
+        prompts = self.prompts[[suffixes[0] for suffixes in members]]
+        n_entries, n_keys = int(at.max()) + 1, -(-(int((before[row, 0] + at).max()) + 1) // KEYS) * KEYS
 
         def table(n: int, places: Tensor, values: Tensor, empty: int) -> Tensor:
             return torch.full((len(members), n), empty).index_put_((row, places), values)
 
-        key_at, base = past[row, 0] + at, torch.arange(n_keys)[None]
+        key_at, base = before[row, 0] + at, torch.arange(n_keys)[None]
         keys = torch.where(
-            base < past, prompts[:, None] * width + base, table(n_keys, key_at, size * width + tokens, 0)
+            base < before, prompts[:, None] * width + base, table(n_keys, key_at, size * width + tokens, 0)
         )
-        key_columns = torch.where(base < past, base, table(n_keys, key_at, column, 0))
+        key_columns = torch.where(base < before, base, table(n_keys, key_at, column, 0))
         own = table(n_entries, at, suffix, -1)[:, :, None] == table(n_keys, key_at, suffix, -1)[:, None, :]
-        earlier = (base < past)[:, None, :] & (base < table(n_entries, at, start, 0)[:, :, None])
+        earlier = (base < before)[:, None, :] & (base < table(n_entries, at, start, 0)[:, :, None])
         found = (
             table(n_entries, at, tokens, 0),
             keys,

@@ -3,8 +3,9 @@
 1. The base runs once, recorded (`recording`): what enters each block, its other arguments, attention's keys and values.
 2. A cell whose first edit is in block l joins when block l is reached, as a copy of the base stream entering l. What
    has not joined costs nothing: over all layers that is half the work.
-3. A cell that touches nothing before column p has only the columns from p on. The suffixes of all cells lie end to end
-   in one sequence of tokens, without a gap (`packing`), which goes through the model's own blocks (`blocks`).
+3. A cell that changes nothing before column p has only the columns from p on; an edit of every position that puts back
+   what is there (a patch from a prompt that begins alike) changes nothing. The suffixes of all cells lie end to end in
+   one sequence of tokens, without a gap (`packing`), which goes through the model's own blocks (`blocks`).
 4. The last block, the final norm and the unembedding are computed at the columns that the metric looks at (`ending`).
 
 The blocks called are the model's own, with the arguments the model gave them, so nothing is re-implemented. An unedited
@@ -23,9 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from assay.activations.apply import Placed, Window, apply_edits
 from assay.activations.blocks import Blocks, Cell
 from assay.activations.edits import Ablate, Apply, Edit
 from assay.activations.ending import Ending
+from assay.activations.forward import forward
 from assay.activations.lazy import LazyLogits
 from assay.activations.recording import Recording, unembed
 from assay.base.errors import AssayError
@@ -36,6 +39,9 @@ from assay.subjects.tokens import Batch
 PASS = 8
 """How many chunks go down the blocks together: enough to read each block's weights rarely, few enough to hear how far a
 sweep is."""
+
+WORTH = 8
+"""With so many edits of every position, it is worth a forward to know what they change."""
 
 LOGITS = 2**29
 """How many bytes the logits of the rows that are measured together may take, should a metric want all of them."""
@@ -66,6 +72,8 @@ class Replay:
         max_rows: int | None = None,
     ) -> None:
         self.model, self.batch, self.measure, self.max_rows = model, batch, measure, max_rows
+        self.base_edits = tuple(base_edits)
+        self.values: dict[str, Tensor] = {}
         self.base = Recording(model, batch, base_edits)
         self.blocks = Blocks(self.base, max_rows)
 
@@ -82,7 +90,9 @@ class Replay:
         Raises:
             ReplayRefused: If the unedited cell does not end where the base ended.
         """
+        self.values = self._values(cells)
         found = [self._cell(i, cell) for i, cell in enumerate(cells)]
+        self.values.clear()
         served = _in_order([cell for cell in found if cell is not None])
         for n, group in enumerate(self.blocks.split(served, PASS * self.blocks.chunk)):
             self._pass(group, [] if n else [self._unedited(group)], report)
@@ -105,12 +115,36 @@ class Replay:
         start = min(self._first_column(site, edit) for each in edits.values() for site, edit in each)
         return Cell(index, min(edits), start, edits)
 
+    def _values(self, cells: Sequence[tuple[Edit, ...]]) -> dict[str, Tensor]:
+        """What the base has at the sites that edits change at every position, where there are many such edits."""
+        edits = [edit for cell in cells for edit in cell if getattr(edit, "positions", None) is None]
+        if not self.blocks.packed or len(edits) < WORTH or self.batch.padded:
+            return {}
+        sites = {self.model.site(edit.site).whole for edit in edits}
+        names = [str(site) for site in sites if site.block is not None and self.model.point(site).side != "attention"]
+        run = forward(self.model, self.batch, capture=names, edits=self.base_edits)
+        return {name: run[name] for name in names}
+
+    def _first_changed(self, site: Site, edit: Edit) -> int:
+        """The first column at which an edit of every position changes anything."""
+        value = self.values.get(str(site.whole))
+        if value is None:
+            return 0
+        try:
+            new = apply_edits(value, [Placed(edit, site.head)], Window(self.batch), self.model.point(site.whole))
+        except AssayError:
+            return 0  # the edit itself will say what is wrong
+        changed = (new != value).flatten(2).any(-1).any(0).nonzero()
+        return int(changed[0]) if len(changed) else self.batch.width - 1
+
     def _first_column(self, site: Site, edit: Edit) -> int:
         """The first column that an edit may change; 0 where it is to see the whole run."""
         whole = isinstance(edit, Apply) or (isinstance(edit, Ablate) and edit.needs_run)
         positions = getattr(edit, "positions", None)
-        if not self.blocks.packed or whole or positions is None or site.point in ("attn.scores", "attn.pattern"):
+        if not self.blocks.packed or whole or site.point.endswith((".scores", ".pattern")):
             return 0
+        if positions is None:
+            return self._first_changed(site, edit)
         try:
             columns = self.batch.columns(positions)
         except (AssayError, IndexError, TypeError, ValueError):

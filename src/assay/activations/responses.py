@@ -121,12 +121,6 @@ class Responses:
 
     # Attention
 
-    def wave(self, point: str) -> Tensor:
-        """A vector about three times as long as what is at a point, `[d_head]`, that no norm takes away."""
-        here = self.known.get(self.block, point)
-        at = torch.arange(here.shape[-1], device=here.device)
-        return (4 * here.float().std() * torch.sin(1.3 * at + 0.5)).to(here.dtype)
-
     def query(self, kind: str) -> Trial:
         """A query's own row of scores changes, and no other."""
         heads, position = self.known.parts.n_heads, self.known.get(self.block, f"{kind}.q").shape[1] // 2
@@ -138,7 +132,7 @@ class Responses:
             mine[slice(None) if self.normed_together(kind) else heads - 1, position] = True
             yield self.only(what, run[self.at(f"{kind}.scores")], rows[0], mine)
 
-        return Trial((Add(site, self.wave(f"{kind}.q"), positions=position, heads=heads - 1),), verdict)
+        return Trial((Scale(site, -1.0, positions=position, heads=heads - 1),), verdict)
 
     def key(self, kind: str) -> Trial:
         """A key's own column of scores changes, and no other; in a cross-attention it is one of the other stack."""
@@ -154,7 +148,7 @@ class Responses:
             mine[group, :, position] = True
             yield self.only(what, run[self.at(f"{kind}.scores")], rows[0], mine)
 
-        return Trial((Add(site, self.wave(point), positions=position, heads=heads - 1),), verdict)
+        return Trial((Scale(site, -1.0, positions=position, heads=heads - 1),), verdict)
 
     def normed_together(self, kind: str) -> bool:
         """Whether a norm goes over all heads at once (OLMo 2), so that one changes the others."""
@@ -189,7 +183,7 @@ class Responses:
         def verdict(run: Run, rows: Sequence[int]) -> Iterator[Check]:
             out = run[self.at("mlp.out")]
             more, less = out[rows[0]] - out[0], out[0] - out[rows[1]]
-            if not bool(more.any()):
+            if not bool(less.any()):
                 yield failed(f"{site} changes mlp.out", "nothing changed")
             elif linear:
                 yield self.known.check(f"mlp.out follows {site}", more, less)

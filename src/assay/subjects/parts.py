@@ -104,7 +104,10 @@ class Parts:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """From the stream after the last block to logits, `[..., d_model] -> [..., vocab]`, by the model's modules."""
-        logits: Tensor = self.unembed(self.final_norm(hidden))
+        normed, weight = self.final_norm(hidden), getattr(self.unembed, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():  # Mamba's stream is wider than its weights
+            normed = normed.to(weight.dtype)
+        logits: Tensor = self.unembed(normed)
         offset = self._logits_bias
         logits = logits if offset is None else logits + offset
         logits = logits if self.logit_scale == 1.0 else logits * self.logit_scale

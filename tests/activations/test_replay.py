@@ -168,6 +168,19 @@ def test_no_token_goes_through_a_block_that_it_need_not(family: str, tiny_module
     assert per_block[2] == 3 * suffixes + unedited + columns
 
 
+@pytest.mark.parametrize("position", [0, 3, -2])
+def test_any_one_column_is_that_of_a_full_run(position: int, family: str, tiny_module: Any, monkeypatch: Any) -> None:
+    """Of padded prompts too: what a column sees in the last block is up to that column alone."""
+    subject = assay.load(tiny_module(family))
+    ids, mask, _ = prompts("left", torch.Generator().manual_seed(1))
+    cells = [assay.Scale(f"blocks.{b}.resid_post", -1.0, positions=p) for b in range(2) for p in (0, 2, "last")]
+    only_replay(monkeypatch)
+    for batch, rows in ((subject.tokens(IDS), [0]), (subject.tokens(ids, mask=mask), [0])):
+        found = subject.sweep(batch, cells, lambda logits: logits[:, position, 5], reduce=None)
+        runs = [subject.run(batch, edits=[cell]).logits[:, position, 5] for cell in cells]
+        assert torch.allclose(found[:, rows], torch.stack(runs)[:, rows], atol=1e-4)
+
+
 def test_a_metric_that_reads_everything_costs_one_pass(tiny_module: Any, monkeypatch: Any) -> None:
     subject = assay.load(tiny_module("llama"))
     cells = [assay.Ablate("blocks.1.mlp.out", positions=p) for p in range(9)]

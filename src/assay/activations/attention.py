@@ -104,12 +104,15 @@ def _inside(
     return _serve(run, pattern_at, pattern, blocked, torch.zeros_like(pattern) if closes else None)
 
 
-def unseen(scores: Tensor) -> Tensor:
+def unseen(scores: Tensor, module: nn.Module | None = None) -> Tensor:
     """Which scores are those of keys that a query cannot see: minus infinity, or the least number there is.
 
-    CodeGen divides that by the root of the heads' width, which leaves it far below any score but in half precision.
+    That is the least of the module's own precision, where it computes scores in another (GPT-J), and CodeGen divides it
+    by the root of the heads' width.
     """
-    return scores <= torch.finfo(scores.dtype).min / (2 if scores.dtype == torch.float16 else 100)
+    parameters = () if module is None else module.parameters()
+    half = any(dtype == torch.float16 for dtype in (scores.dtype, *(p.dtype for p in parameters)))
+    return scores <= (torch.finfo(torch.float16).min / 20 if half else torch.finfo(scores.dtype).min / 100)
 
 
 class Functions(TorchFunctionMode):
@@ -153,7 +156,7 @@ class Functions(TorchFunctionMode):
         scores, *rest = args
         shape = scores.shape
         scores = scores.view(run.n_rows, -1, *shape[-2:])
-        blocked = unseen(scores)
+        blocked = unseen(scores, self.inside[-1])
         scores = _serve(run, requests.get("scores"), scores, blocked, scores)
         pattern: Tensor = func(scores, *rest, **kwargs)
         return _serve(run, requests.get("pattern"), pattern, blocked, torch.zeros_like(pattern)).reshape(shape)

@@ -258,7 +258,8 @@ class Identities:
         value = value.repeat_interleave(int(shapes[0]), 2)
         if pattern.shape[1] * value.shape[-1] != z.shape[2] * z.shape[3]:
             return failed(identity, f"{pattern.shape[1]} heads of {value.shape[-1]}, and z is {tuple(z.shape[2:])}")
-        return self.check(identity, torch.einsum("bhqk,bkhd->bqhd", pattern.float(), value.to(pattern.device).float()), z)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", pattern.float(), value.to(pattern.device).float())
+        return self.check(identity, mixed, z)
 
     def written(self, i: int, out: str, module: nn.Module, x: Tensor, post: Any, what: str) -> Check:
         """A projection, and what stands between it and the stream, give what a layer writes."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.activations.attention import unseen
 from assay.activations.edits import Add, Edit, Scale, Set
 from assay.activations.forward import forward
 from assay.activations.identities import Check, Identities, Row, failed
@@ -167,8 +166,9 @@ class Responses:
         same = scores[row] == scores[0]  # closed ones are infinite in both
         change = torch.where(same, 0.0, scores[row].float() - scores[0].float()).abs()
         inside, outside = float(change[mine].max()), float(change[~mine].max() if bool((~mine).any()) else 0.0)
-        open_to = ~unseen(scores[0])
-        floor = self.known.loose * float(scores[0][open_to].float().abs().max())
+        open_to = scores[0] > -2e3  # a mask is far below, in half precision too
+        size = float(scores[0][open_to].float().abs().max()) if bool(open_to.any()) else 0.0
+        floor = 0.02 * self.known.loose * size
         error = outside / inside if inside > floor else float("inf")
         return Check(identity=what, error=error if error == error else float("inf"), tolerance=self.known.loose)
 
@@ -195,8 +195,8 @@ class Responses:
         ssm, parts = self.known.parts.stack.ssm, self.known.parts
         assert ssm is not None
         reach = 1 if ssm.kind == "mamba" else int(getattr(parts.config, "conv_kernel", 4))
-        edits = [Set(self.at("ssm.gate"), 0.0)]
-        edits += [Add(self.at(f"ssm.{name}"), self.wave(f"ssm.{name}"), positions=0) for name in "CB"]  # type: ignore[misc]
+        edits: list[Edit] = [Set(self.at("ssm.gate"), 0.0)]
+        edits += [Scale(self.at(f"ssm.{name}"), -1.0, positions=0) for name in "CB"]
 
         def verdict(run: Run, rows: Sequence[int]) -> Iterator[Check]:
             post = run[self.at("ssm.post")]

@@ -100,8 +100,7 @@ def padding_sides(model: Model, n_tokens: int = 6) -> tuple[str, ...]:
         row[1, start : start + short] = ids[1, :short]
         found = _logits(call(model, from_ids(row, mask)))[1:]
         found = found[:, start : start + short] if found.ndim == 3 else found
-        tolerance = 5e-2 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        if bool((found - alone).abs().max() <= tolerance * alone.abs().max()):
+        if bool((found - alone).abs().max() <= _rounding(model) * alone.abs().max()):
             good.append(side)
     return tuple(good)
 
@@ -120,8 +119,13 @@ def _bears(model: Model, name: str, side: str, n_tokens: int) -> bool:
     mask[1, columns], padded[1, columns] = 1, ids[1, :short]
     inputs = {**given, f"{name}input_ids": padded, f"{name}attention_mask": mask}
     found = _logits(call(model, batch_from(model, inputs)))[1:, columns if name else slice(None)]
-    tolerance = 5e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+    return bool((found - expected).abs().max() <= _rounding(model) * expected.abs().max())
+
+
+def _rounding(model: Model) -> float:
+    """How much is rounding, relative to the largest value: by the precision of the weights."""
+    half = (torch.float16, torch.bfloat16)
+    return 5e-2 if any(parameter.dtype in half for parameter in model.module.parameters()) else 1e-4
 
 
 def _logits(output: Any) -> Tensor:
@@ -150,7 +154,7 @@ def _left_as_found(module: nn.Module) -> Iterator[None]:
 def _checks(model: Model, batch: Batch) -> list[Check]:
     plain = call(model, batch, output_hidden_states=True)
     run = forward(model, batch, capture=[site for site in model.sites() if not site.endswith(".result")])
-    loose = 5e-2 if run.logits.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    loose = _rounding(model)
     checks = [compare("capturing leaves the logits as they are", run.logits, _logits(plain), 0.0)]
     for name, parts in model.stacks.items():
         known = Identities(parts, run, loose, model.stacks.get(parts.stack.source) if parts.stack.cross else None)

@@ -21,7 +21,8 @@ patterns     the same, and every attention pattern
 generate     64 new tokens after 16, with a vector added at one block at every token, over the module's own generate
 sweep-small  10 blocks x 8 positions of the residual stream patched, one at a time, in a prompt of 32 tokens
 sweep-large  30 blocks x 32 positions
-memory       peak resident memory of a process while it does `one`, over that of a process that runs the bare model
+memory       peak resident memory of a process while it does `one`, over that of a process that runs the bare model;
+             both have the tokenizer; five fresh processes of each, the system's own allocator
 import       seconds to import the library, and whether torch comes with it
 growth       what assay's sweep costs as blocks, positions, prompts and their length grow
 """
@@ -113,9 +114,9 @@ def measured(python: Path, library: str, work: str, options: argparse.Namespace)
 
 
 def memory(python: Path, library: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of a run that captures one site over that of a bare forward, three fresh processes of each."""
+    """Peak memory of a run that captures one site over that of a bare forward, five fresh processes of each."""
     mine, bare = [], []
-    for _ in range(3):
+    for _ in range(5):
         for name, into in ((library, mine), ("bare", bare)):
             found = measured(python, name, "memory", options)
             if "error" in found:

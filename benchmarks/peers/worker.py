@@ -166,16 +166,24 @@ def check_cells(
 
 
 def memory_work(library: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory of this process while it captures one site of 8 x 128 tokens, its model loaded before."""
+    """Peak resident memory of this process while it captures one site of 8 x 128 tokens, its model loaded before.
+
+    Without a library: of a process that has the model and its tokenizer (44 MB of this one's memory), as a user of
+    transformers and every library here has.
+    """
     ids = token_ids(ROWS, WIDTH)
+    tokenizer = None
     if library is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(options.folder, local_files_only=True)
         work: Callable[[], object] = bare_forward(load_bare(options.folder), ids)
     else:
         work = library.run(library.load(options.folder), ids, "one")
     reset = reset_peak()
     kept = work()
     peak = peak_bytes()
-    del kept
+    del kept, tokenizer
     return {"peak_bytes": peak, "reset": reset}
 
 

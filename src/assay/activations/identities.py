@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from assay.activations.values import Run
 from assay.subjects.architecture import Latent
 from assay.subjects.block_points import linear_bias, linear_matrix
 from assay.subjects.norms import read_norm
@@ -66,6 +65,14 @@ def failed(identity: str, why: str) -> Check:
     return Check(identity=f"{identity} ({why})", error=float("inf"), tolerance=0.0)
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """What gives a tensor for a site's name: a run, one of its rows, or a record of what passed through the modules."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """What was captured at a site."""
+
+
 class Row:
     """One row of a run.
 
@@ -74,7 +81,7 @@ class Row:
         row: Which.
     """
 
-    def __init__(self, run: Run, row: int) -> None:
+    def __init__(self, run: Readable, row: int) -> None:
         self.run, self.row = run, row
 
     def __getitem__(self, name: str) -> Tensor:
@@ -94,7 +101,7 @@ class Identities:
     """
 
     parts: Parts
-    run: Run
+    run: Readable
     loose: float = 1e-4
     source: Parts | None = None
 
@@ -111,7 +118,7 @@ class Identities:
         """What the names of this stack's sites begin with."""
         return f"{self.parts.name}." if self.parts.name else ""
 
-    def get(self, block: int, point: str, run: Run | Row | None = None) -> Tensor:
+    def get(self, block: int, point: str, run: Readable | None = None) -> Tensor:
         """What was captured at a point of a block."""
         return (run or self.run)[f"{self.at(block)}.{point}"]
 
@@ -216,7 +223,7 @@ class Identities:
 
     # What layers write
 
-    def adds_up(self, i: int, run: Run | Row) -> Iterator[Check]:
+    def adds_up(self, i: int, run: Readable) -> Iterator[Check]:
         """Every layer's output is added to the stream, and a post-norm block norms each sum."""
         name, parts, stream = self.at(i), self.parts, self.get(i, "resid_pre", run)
         layers = [("attn", "norm1", "resid_mid"), ("cross_attn", "norm_cross", "resid_cross")]
@@ -361,4 +368,4 @@ class Identities:
             logits = normed.to(weight.dtype) @ weight.T + (0 if bias is None else bias)
             if parts.softcap is not None:
                 logits = parts.softcap * torch.tanh(logits / parts.softcap)
-            yield self.check(what, logits, self.run.logits)
+            yield self.check(what, logits, self.run["logits"])

@@ -13,6 +13,7 @@ from assay.activations.edits import Edit, Positions
 from assay.activations.forward import Metric, forward
 from assay.activations.generation import ApplyTo, Stream, generate
 from assay.activations.planning import refuse_too_much
+from assay.activations.screening import Record, plausible
 from assay.activations.selfcheck import Check, self_check
 from assay.activations.sweep import Cell, sweep
 from assay.activations.values import Captured, Run
@@ -319,15 +320,32 @@ def load(
 def _prove(subject: Subject, maps: Iterable[ArchitectureMap]) -> None:
     """Give a subject the first map that passes the self-check; without one, keep why the likeliest failed."""
     failed: list[str] = []
+    unlikely: list[ArchitectureMap] = []
+    records: dict[str, Record | None] = {}
     for architecture in maps:
         subject.adopt(architecture)
-        try:
-            subject.checks = tuple(self_check(subject))
-        except UnsupportedArchitecture as error:
-            failed.append(str(error))
-            continue
-        return
-    tried = f"; of {len(failed)} maps inferred from its modules, the likeliest fails: " if len(failed) > 1 else ""
+        if architecture.inferred and not plausible(subject, architecture, records):
+            unlikely.append(architecture)
+        elif (why := _failure(subject)) is None:
+            return
+        else:
+            failed.append(why)
+    if not failed and unlikely:  # say what is wrong with the first
+        subject.adopt(unlikely[0])
+        if (why := _failure(subject)) is None:
+            return
+        failed.append(why)
+    count = len(failed) + len(unlikely)
+    tried = f"; of {count} maps inferred from its modules, the likeliest fails: " if count > 1 else ""
     kind = getattr(subject.config, "model_type", None)
     unknown = f"no architecture map knows model type {kind!r}{tried}" if tried else ""
     subject.refuse((unknown + failed[0]) if failed else "")
+
+
+def _failure(subject: Subject) -> str | None:
+    """Why the map that a subject has adopted fails the self-check, or None."""
+    try:
+        subject.checks = tuple(self_check(subject))
+    except UnsupportedArchitecture as error:
+        return str(error)
+    return None

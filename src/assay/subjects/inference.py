@@ -2,7 +2,8 @@
 
 Names repeat across families: a block has a norm called `input_layernorm` or `ln_1`, an attention with `q_proj` or
 `query_key_value`, an MLP with `up_proj` or `fc1`. `candidates` reads a module's names into a few possible maps, from
-the likely to the less so; the caller runs the load-time self-check on each and keeps the first that passes.
+the likely to the less so, and then offers the maps of declared families whose every path the module has. The caller
+runs the load-time self-check on each and keeps the first that passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 from torch import nn
 
 from assay.subjects.architecture import ArchitectureMap, Attention, Fused, Head, Latent, Mlp, Separate, Stack
+from assay.subjects.block_points import linear_matrix, out_width, read_field
+from assay.subjects.families import FAMILIES
+from assay.subjects.parts import Parts
 
 QKV = (
     ("q_proj", "k_proj", "v_proj"),
@@ -43,6 +47,40 @@ def candidates(module: nn.Module) -> Iterator[ArchitectureMap]:
     Yields:
         Maps with `inferred=True`, to be proved.
     """
+    yield from _by_structure(module)
+    yield from _as_declared(module)
+
+
+def _as_declared(module: nn.Module) -> Iterator[ArchitectureMap]:
+    """The maps of declared families whose every path is there: much goes by another name, and is BERT or BART."""
+    fitting = []
+    for family in FAMILIES:
+        try:
+            for name in family.stacks:
+                Parts(module, family, name)
+        except Exception:  # of whatever kind: such a family's paths or settings are not this module's
+            continue
+        fitting.append(family)
+    for embed, inside, family in itertools.product(_EMBEDDED, (None, "function"), fitting):
+        name = f"inferred from {type(module).__name__}, laid out as {family.family}"
+        stacks = {key: _varied(stack, embed, inside) for key, stack in family.stacks.items()}
+        yield replace(family, family=name, stacks=stacks, inferred=True)
+
+
+_EMBEDDED: tuple[dict[str, Any], ...] = ({}, {"embed_scale": None}, {"embed": None, "pos_embed": None})
+"""How the stream may start: as in the family, unscaled, or in a way that has no site."""
+
+
+def _varied(stack: Stack, embed: dict[str, Any], inside: Any) -> Stack:
+    """A stack that starts in another way, or whose attention is computed by the modules themselves."""
+    changes = dict(embed)
+    for name in ("attn", "cross") if inside is not None else ():
+        attn = getattr(stack, name)
+        changes[name] = None if attn is None else replace(attn, inside=inside)
+    return replace(stack, **changes)
+
+
+def _by_structure(module: nn.Module) -> Iterator[ArchitectureMap]:
     base: nn.Module = getattr(module, "base_model", module)
     config: Any = getattr(module, "config", None)
     found = _blocks(base)
@@ -60,19 +98,43 @@ def candidates(module: nn.Module) -> Iterator[ArchitectureMap]:
     learned = next((at + name for name in POSITIONS if hasattr(parent, name)), None)
     stack = Stack(blocks=path, embed=embed, pos_embed=learned, final_norm=final, attn=None, mlp=None)
     starts = [stack, replace(stack, embed=None, pos_embed=None)]
+    if hasattr(base, "embeddings"):
+        starts.insert(0, replace(stack, embed="embeddings", pos_embed=None))
+    scale = "logit_scale" if isinstance(getattr(config, "logit_scale", None), float) else None
     for start, attn, mlp in itertools.product(starts, attentions, mlps):
-        for shaped in _shapes(replace(start, attn=attn, mlp=mlp), norms):
+        known: dict[str, Any] = {
+            "causal": bool(getattr(block.get_submodule(attn.path), "is_causal", True)),
+            "n_kv_heads": _key_heads(block, attn, config),
+        }
+        heads = [Head(scale=scale, divisor="logits_scaling", softcap="final_logit_softcapping")]
+        heads += [] if known["causal"] else [Head(linear=False)]  # as in BERT, a layer may stand before the unembedding
+        for head, shaped in itertools.product(heads, _shapes(replace(start, attn=attn, mlp=mlp, **known), norms)):
             yield ArchitectureMap(
                 family=f"inferred from {type(module).__name__}",
                 model_types=(str(getattr(config, "model_type", "")),),
                 stacks={"": shaped},
-                head=Head(
-                    scale="logit_scale" if isinstance(getattr(config, "logit_scale", None), float) else None,
-                    divisor="logits_scaling",
-                    softcap="final_logit_softcapping",
-                ),
+                head=head,
                 inferred=True,
             )
+
+
+def _key_heads(block: nn.Module, attn: Attention, config: Any) -> int | None:
+    """How many heads keys have, by the widths of the projections; None where these do not tell."""
+    if isinstance(attn.qkv, Latent):
+        return None
+    try:
+        heads = int(read_field(config, "num_attention_heads", "n_head", "num_heads", "n_heads"))
+        wide = linear_matrix(block.get_submodule(attn.proj if isinstance(attn.proj, str) else attn.proj[0])).shape[0]
+        if isinstance(attn.qkv, Fused):
+            keys = (out_width(block.get_submodule(attn.qkv.path)) - wide) // 2
+        else:
+            keys = out_width(block.get_submodule(attn.qkv.k))
+            if out_width(block.get_submodule(attn.qkv.q)) != wide:
+                return None
+    except Exception:  # a projection that is not a plain linear map does not tell
+        return None
+    found = keys * heads // max(1, wide)
+    return found if 0 < found <= heads else None
 
 
 def _blocks(base: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -108,3 +108,9 @@ def make_case(tiny_module: Callable[..., Any]) -> Callable[[str], Case]:
 def case(family: str, make_case: Callable[[str], Case]) -> Case:
     """The case of every family in turn."""
     return make_case(family)
+
+
+@pytest.fixture
+def make_subject(tiny_module: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., Any]:
+    """Make a subject of a tiny model of a family, with the tokenizer that fits them all."""
+    return lambda family, **settings: assay.load(tiny_module(family, **settings), tokenizer=tiny_tokenizer)

@@ -1,0 +1,162 @@
+"""Labelled texts, and what a subject holds at its sites while it reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+
+from assay.activations.edits import Positions
+from assay.activations.subject import Subject
+from assay.base.artifacts import user_path
+from assay.base.errors import NumericalError, SpecError
+from assay.base.hashing import digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Texts with a label each, and what must not be split between fitting and testing.
+
+    Args:
+        texts: One a row.
+        labels: One a row, of any kind that compares equal to itself.
+        groups: What each row is about (a word, a template, an entity): groups stay whole in every split.
+
+    Raises:
+        SpecError: The lengths differ, or there are no rows.
+
+    Example:
+        >>> data = Labelled(texts=("a fine day", "a bad day"), labels=(1, 0), groups=("fine", "bad"))
+        >>> data.y.tolist(), len(data.digest)
+        ([1, 0], 32)
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int | str, ...]
+    groups: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {"texts": len(self.texts), "labels": len(self.labels), "groups": len(self.groups)}
+        if len(set(sizes.values())) > 1 or not self.texts:
+            raise SpecError(f"labelled texts need one of each a row, and at least one row; got {sizes}", "data")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def y(self) -> Shaped[np.ndarray, " rows"]:
+        """The labels as an array."""
+        return np.asarray(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """The hash of texts, labels and groups."""
+        return digest([self.texts, self.labels, self.groups])
+
+    def rows(self, keep: Sequence[int]) -> Labelled:
+        """Some of the rows."""
+        return Labelled(
+            texts=tuple(self.texts[i] for i in keep),
+            labels=tuple(self.labels[i] for i in keep),
+            groups=tuple(self.groups[i] for i in keep),
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> Labelled:
+        """Read JSON lines with `text`, `label` and `group`; a row without a group is a group of its own.
+
+        Raises:
+            SpecError: The file cannot be read, a line is no such object (file and line are named), or a label is
+                neither text nor a whole number.
+        """
+        file = user_path(path)
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{file} cannot be read: {error}", "data") from error
+        rows = [_row(line, f"{file}, line {number}", number) for number, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise SpecError(f"{file} has no rows; give JSON lines with text, label and group", "data")
+        texts, labels, groups = zip(*rows, strict=True)
+        return cls(texts=texts, labels=labels, groups=groups)
+
+
+def _row(line: str, where: str, number: int) -> tuple[str, int | str, str]:
+    wanted = 'give {"text": ..., "label": ..., "group": ...}'
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise SpecError(f"{where} is not JSON ({error}); {wanted}", "data") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"]:
+        raise SpecError(f"{where} has no text; {wanted}", "data")
+    unknown = sorted(set(row) - {"text", "label", "group"})
+    if unknown:
+        raise SpecError(f"{where} has {', '.join(unknown)}, which means nothing here; {wanted}", "data")
+    label = row.get("label")
+    if not isinstance(label, int | str):
+        raise SpecError(f"{where} has the label {label!r}; a label is text, a whole number, true or false", "data")
+    return row["text"], int(label) if isinstance(label, bool) else label, str(row.get("group", f"row {number}"))
+
+
+def read_sites(
+    subject: Subject,
+    texts: Sequence[str],
+    sites: str | Sequence[str],
+    *,
+    positions: Positions = "last",
+    batch: int = 32,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Float[np.ndarray, "rows d"]]:
+    """What a subject holds at sites while it reads each text, at one of its tokens (or the mean over several).
+
+    Args:
+        subject: The subject.
+        texts: One a row.
+        sites: Site names and patterns; heads are laid side by side.
+        positions: Which tokens, by a rule that holds for every text; several are averaged.
+        batch: How many texts go through the model at once; changes nothing else.
+        progress: Told how many texts are done, of how many.
+
+    Returns:
+        By site, in the order of the texts, float32.
+
+    Raises:
+        SpecError: There are no texts, or a site has no tokens.
+        NumericalError: An activation is not finite.
+    """
+    if not texts:
+        raise SpecError("there are no texts to read", "texts")
+    wanted = {str(site): site for site in subject.expand(sites)}
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike in length, so that little is padding
+    found: dict[str, list[Any]] = {name: [None] * len(texts) for name in wanted}
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        with torch.no_grad():
+            run = subject.run([texts[i] for i in rows], capture=list(wanted))
+        for name, site in wanted.items():
+            held = run[name]
+            dims: tuple[str, ...] = held.dims  # type: ignore[attr-defined]
+            if dims[:2] != ("batch", "pos"):
+                raise SpecError(f"{name} has the dimensions {dims}; a text is read at its tokens", "sites")
+            columns = run.batch.of(site.stack).columns(slice(None) if positions is None else positions) or []
+            for row, (i, picked) in enumerate(zip(rows, columns, strict=True)):
+                found[name][i] = held[row, picked].float().reshape(len(picked), -1).mean(0).cpu().numpy()
+        if progress is not None:
+            progress(min(start + batch, len(order)), len(order))
+    stacked = {name: np.stack(values) for name, values in found.items()}
+    for name, values in stacked.items():
+        if not np.isfinite(values).all():
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            raise NumericalError(f"{name} is not finite in {len(bad)} of {len(texts)} texts, row {bad[0]} first")
+    return stacked
+
+
+def mean_norms(found: Mapping[str, Float[np.ndarray, "rows d"]]) -> dict[str, float]:
+    """The mean norm at each site: what doses of a direction are measured in."""
+    return {name: float(np.linalg.norm(values.astype(np.float64), axis=1).mean()) for name, values in found.items()}

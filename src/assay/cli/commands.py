@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic.fields import FieldInfo
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg, configure
 from tyro.extras import SubcommandApp
 
 from assay.base.errors import SpecError
@@ -154,6 +154,38 @@ class Cache(Command):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Check(Command):
+    """Draw the controls of a saved result again, and say whether each finding keeps its verdict."""
+
+    path: Annotated[Positional[str], arg(metavar="FOLDER", help="What --out wrote, or the findings.jsonl in it.")]
+    model: Annotated[
+        str,
+        arg(
+            aliases=("-m",),
+            metavar="REF",
+            help="How to load the model, when it lies elsewhere now.",
+            help_behavior_hint="(optional)",
+        ),
+    ] = ""
+    seed: Annotated[
+        int | None,
+        arg(metavar="N", help="Where the random streams begin; one past the saved run's.", help_behavior_hint=""),
+    ] = None
+    quiet: Annotated[bool, arg(aliases=("-q",), help="Show no progress.", help_behavior_hint="")] = False
+    json: Annotated[bool, arg(help="Print the pairs as JSON.", help_behavior_hint="")] = False
+
+    def run(self) -> int:
+        """Print the comparison."""
+        from assay.cli.check import check
+
+        return check(self.path, seed=self.seed, model=self.model, as_json=self.json, quiet=self.quiet)
+
+    def stopped(self) -> str:
+        """Return what is kept, and how to go on."""
+        return "Finished steps are kept; the same command resumes from them."
+
+
+@dataclasses.dataclass(kw_only=True)
 class Completion(Command):
     """Print the script that completes assay's commands in a shell."""
 
@@ -175,8 +207,8 @@ def build_app() -> SubcommandApp:
         plans.command(name=method.name, help=f"Plan: {method.summary}")(command_class(method, planning=True))
     if methods:
         app.command(plans, name="plan", help="Show what a study would do and cost, and what is cached; runs nothing.")
-    for command in (Methods, Families, Doctor, Cache, Completion):
-        app.command(name=command.__name__.lower(), help=command.__doc__)(command)
+    for command in (Methods, Families, Check, Doctor, Cache, Completion):
+        app.command(name=command.__name__.lower(), help=command.__doc__)(configure(FlagCreatePairsOff)(command))
     return app
 
 

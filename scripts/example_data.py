@@ -105,6 +105,20 @@ FORMAL = (
     ("The gentleman declined to comment on the affair", "the guy was like no comment"),
     ("It would be advisable to postpone the journey", "maybe don't go right now lol"),
 )
+PROMPTS = (
+    "I watched the new film yesterday and it was",
+    "The food at that restaurant is",
+    "My neighbour told me that the book was",
+    "When I tried the game for the first time, I found it",
+    "Our stay at the hotel was",
+    "Everybody says that the new teacher is",
+    "Her performance on stage was",
+    "In my opinion the weather this summer has been",
+    "The service at the shop was",
+    "After a week of use I can say that the phone is",
+    "The journey by train was",
+    "He described the exhibition as",
+)
 UNRELATED = (
     "The river rises in the hills and flows south through three towns before it reaches the sea.",
     "Water boils at a lower temperature on a mountain because the air pressure is lower there.",
@@ -139,6 +153,27 @@ def truth() -> list[dict[str, Any]]:
     return found
 
 
+def praise() -> list[dict[str, Any]]:
+    """Each frame with a positive word and with a negative one."""
+    return [
+        {"positive": frame.format(word=good), "negative": frame.format(word=bad), "group": good}
+        for good, bad in zip(POSITIVE, NEGATIVE, strict=True)
+        for frame in REVIEWS
+    ]
+
+
+def contrasts() -> list[dict[str, Any]]:
+    """Other meanings than praise, to hold its direction against."""
+    pairs: dict[str, list[tuple[str, str]]] = {
+        "plural": [(f"{frame.format(word=noun)}s", frame.format(word=noun)) for noun in NOUNS[:12] for frame in FRAMES],
+        "formal": list(FORMAL),
+        "true": [(rows[0]["text"], rows[1]["text"]) for rows in zip(truth()[::2], truth()[1::2], strict=True)],
+        "question": [(f"Is it {word}?", f"It is {word}.") for word in (*POSITIVE[:12], *NEGATIVE[:12])],
+        "past": [(f"Yesterday we saw the {noun}", f"Today we see the {noun}") for noun in NOUNS[:24]],
+    }
+    return [{"name": name, "positive": a, "negative": b} for name, rows in pairs.items() for a, b in rows]
+
+
 def main() -> None:
     """Write the files."""
     sentiment = [*((w, 1, w) for w in POSITIVE), *((w, 0, w) for w in NEGATIVE)]
@@ -149,6 +184,9 @@ def main() -> None:
         "truth": truth(),
         "capitals": [{"input": country, "output": city} for country, city in CAPITALS.items() if " " not in city],
         "antonyms": [dict(zip(("input", "output"), pair.split(), strict=True)) for pair in ANTONYMS.split("|")],
+        "praise": praise(),
+        "opinions": [{"text": text} for text in PROMPTS],
+        "contrasts": contrasts(),
         "formality": [{"positive": formal, "negative": casual} for formal, casual in FORMAL],
         "unrelated": [{"text": text} for text in UNRELATED],
     }

@@ -55,6 +55,8 @@ def test_labelled_rows_are_read_from_a_file(tmp_path: Path) -> None:
     data = Labelled.read(file)
     assert (data.texts, data.labels, data.groups) == (("a", "b"), (1, 0), ("g", "row 3"))
     assert data.rows([1]).texts == ("b",) and data.digest != data.rows([0]).digest
+    file.write_text('{"text": "a", "label": 1, "template": "t"}\n{"text": "b", "label": 0, "template": "u"}')
+    assert Labelled.read(file).rows([1]).templates == ("u",)
     with pytest.raises(SpecError, match="one of each a row"):
         Labelled(texts=("a",), labels=(), groups=("g",))
 

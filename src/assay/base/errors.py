@@ -11,6 +11,7 @@
     │   └── SiteNotFired           a capture or edit was asked for and its module never ran
     ├── InvalidEdit                an edit's value does not fit the site it names
     ├── NumericalError             NaN or infinite values where finite ones are required
+    │   └── NothingFound           a fit found nothing: what it was given does not vary with what it looks for
     ├── SpecError                  a study's specification is wrong (names the field)
     │   └── TokenError             a text is not the single token it must be
     ├── FindingError               a finding without a control, or malformed
@@ -69,6 +70,10 @@ class InvalidEdit(AssayError):
 
 class NumericalError(AssayError):
     """NaN or infinite values where finite ones are required."""
+
+
+class NothingFound(NumericalError):
+    """A fit found nothing: what it was given does not vary with what it looks for."""
 
 
 class SpecError(AssayError):

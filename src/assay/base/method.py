@@ -7,9 +7,10 @@ it a command, a plan, a cache and a page; every door is generated from what is r
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from assay.base.errors import SpecError, nearest
 from assay.base.hashing import digest
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., "Findings"])
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Tells whoever watches how far a step has come, and stops the step when the user asked for that."""
 
@@ -180,6 +182,7 @@ class Plan:
         }
 
 
+@runtime_checkable
 class Context(Protocol):
     """What a running method is given besides its subject and spec."""
 
@@ -270,8 +273,7 @@ class Method:
             return []
         module, _, attribute = self.steps.partition(":")
         function = getattr(importlib.import_module(module), attribute)
-        code = getattr(function, "__code__", None)
-        takes_seed = code is not None and "seed" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        takes_seed = "seed" in inspect.signature(function).parameters
         return list(function(card, spec, seed=seed) if takes_seed else function(card, spec))
 
 

@@ -1,16 +1,18 @@
 """Random directions to hold a direction against, all of its own norm.
 
-Three nulls, each keeping more of what makes a direction effective without meaning:
+Three nulls, each keeping more of what makes a direction effective without meaning, and one that keeps meaning too:
 
 - isotropic: any direction at all. Nearly all of them point where activations do not go, so this null is easy to beat.
 - covariance-matched: drawn from N(0, Sigma), Sigma the covariance of the activations; points where they vary.
 - label-shuffled: a difference of means between two classes drawn at random; has its noise too.
+- semantic: the same extraction from other contrasts. What only these do not do is about *this* contrast.
 
 Arrays come back as numpy, torch tensors as torch tensors of the same dtype and device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -88,6 +90,49 @@ def shuffled_difference_directions(direction: Array, activations: Numbers, label
     rng = numpy_stream(seed, "directions", "shuffled labels")
     draws = rng.permuted(np.tile(weights, (n, 1)), axis=1) @ rows
     return _like(_scaled(draws, vector), direction)
+
+
+def semantic_directions(
+    direction: Array, contrasts: Sequence[tuple[Any, Any]], extract: Callable[[Any, Any], Any]
+) -> Array:
+    """Return the directions that the same extraction finds in other contrasts, scaled to the norm of `direction`.
+
+    A steering vector may work because it comes from *some* contrast: it lies where contrasts lie, and has their size. A
+    claim about one contrast (formality) must hold against others that were made as carefully (tense, topic, length).
+
+    Args:
+        direction: The direction under test, `[d]`.
+        contrasts: Pairs (rows, labels), each another contrast at the same site.
+        extract: The extraction that gave `direction`: maps (rows, labels) to a vector `[d]`, choices it makes included.
+
+    Returns:
+        One a contrast, `[contrasts, d]`.
+
+    Raises:
+        SpecError: There is no contrast, or one gives a vector of another shape.
+        NumericalError: One gives a vector that is zero or not finite.
+
+    Example:
+        >>> gap = lambda rows, labels: rows[labels == 1].mean(axis=0) - rows[labels == 0].mean(axis=0)
+        >>> rows = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+        >>> contrasts = [(rows, np.array([0, 1, 0, 1])), (rows, np.array([0, 0, 1, 1]))]
+        >>> semantic_directions(np.array([3.0, 4.0]), contrasts, gap).tolist()
+        [[5.0, 0.0], [0.0, 5.0]]
+    """
+    vector = _vector(direction)
+    if not contrasts:
+        raise SpecError("semantic controls need at least one other contrast, got none", "contrasts")
+    found = []
+    for number, (rows, labels) in enumerate(contrasts):
+        other = _numpy(extract(rows, labels)).astype(np.float64)
+        if other.shape != vector.shape:
+            raise SpecError(
+                f"contrast {number} gives the shape {other.shape}, the direction has {vector.shape}", "extract"
+            )
+        if not np.isfinite(other).all() or not other.any():
+            raise NumericalError(f"contrast {number} gives a vector that is zero or not finite")
+        found.append(other)
+    return _like(_scaled(np.stack(found), vector), direction)
 
 
 def _scaled(draws: Float[np.ndarray, "n d"], vector: Float[np.ndarray, " d"]) -> Float[np.ndarray, "n d"]:

@@ -87,7 +87,7 @@ def permutation_test(
         raise SpecError("a permutation test needs labels, got none", "y")
     if n < 1:
         raise SpecError(f"n is {n}; a permutation test needs at least one permutation", "n")
-    chosen, draw = _scheme(labels, groups, scheme)
+    chosen, draw = exchange(labels, groups, scheme)
     rng = numpy_stream(seed, "permutation", chosen)
     value = _finite(statistic(X, labels), "the true labels")
     null = tuple(_finite(statistic(X, labels[draw(rng)]), f"permutation {i}") for i in range(n))
@@ -146,8 +146,8 @@ def control_labels(types: Sequence[Hashable], y: Numbers, seed: int) -> Shaped[n
 _Draw = Callable[[np.random.Generator], np.ndarray]
 
 
-def _scheme(labels: np.ndarray, groups: Sequence[Hashable] | None, scheme: Scheme) -> tuple[str, _Draw]:
-    """The scheme to use, and a function that draws one order of the rows under it."""
+def exchange(labels: np.ndarray, groups: Sequence[Hashable] | None, scheme: Scheme) -> tuple[str, _Draw]:
+    """Return the scheme to use, and a function that draws one order of the rows under it; see `permutation_test`."""
     if scheme not in get_args(Scheme):
         raise SpecError(f"scheme is {scheme!r}; valid: {', '.join(map(repr, get_args(Scheme)))}", "scheme")
     if groups is None:

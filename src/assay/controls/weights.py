@@ -1,6 +1,7 @@
 """The same architecture with weights that learned nothing: what a claim about a trained model must not survive.
 
-Two nulls, both of which keep each tensor's scale:
+Two nulls, both of which keep each tensor's scale (a third, the model's own step-0 checkpoint, comes from outside:
+`checkpoint_control`):
 
 - `"gaussian"`: every entry of a weight matrix is drawn from N(m, s^2), with m and s that matrix's own mean and standard
   deviation. Nothing but the scale of each matrix is left.
@@ -20,9 +21,9 @@ matched in scale); the spectrum-matched null is ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -30,8 +31,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from assay.base.errors import SpecError, UnsupportedArchitecture
+from assay.base.findings import Control
 from assay.base.rng import torch_stream
+from assay.base.stats import Side
 from assay.controls.rotations import Rotation, Rotations, SignedPermutation
+from assay.controls.verdicts import compare
 
 WeightKind = Literal["gaussian", "spectrum"]
 """The weight nulls."""
@@ -131,6 +135,74 @@ def reinitialised_module(module: nn.Module, kind: WeightKind, seed: int, *, keep
         (True, True)
     """
     return WeightNull(module, kind, keep_embeddings=keep_embeddings).draw(seed)
+
+
+def checkpoint_control(
+    run: Callable[[Any], float],
+    trained: Any,
+    checkpoints: Iterable[Any],
+    *,
+    name: str = "step-0 checkpoint",
+    side: Side = "greater",
+) -> Control:
+    """Hold an estimate against the same estimate on checkpoints that learned nothing: the model before training.
+
+    The true null of training, where its makers published it: the same architecture with the weights that training
+    began with. One checkpoint is one draw, which shows and cannot test (p >= 1/2); several seeds of one model are as
+    many draws.
+
+    Args:
+        run: The whole pipeline, from a subject or module to a number.
+        trained: The trained subject or module.
+        checkpoints: Subjects or modules of the same architecture; a function of no arguments is called for one when
+            its turn comes, so that they need not be in memory together.
+        name: What they are.
+        side: The direction of the claim.
+
+    Raises:
+        SpecError: There is no checkpoint, or one has parameters of other names or shapes, or the trained weights.
+
+    Example:
+        >>> trained, before = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> control = checkpoint_control(lambda module: module.weight.abs().sum().item(), trained, [before])
+        >>> len(control.null)
+        1
+    """
+    expected = dict(_whole(trained).named_parameters())
+    null = []
+    for number, given in enumerate(checkpoints):
+        lazy = callable(given) and not isinstance(given, nn.Module) and not hasattr(given, "module")
+        checkpoint = given() if lazy else given
+        found = dict(_whole(checkpoint).named_parameters())
+        differ = [key for key in {**expected, **found} if _shape(expected.get(key)) != _shape(found.get(key))]
+        if differ:
+            key = differ[0]
+            raise SpecError(
+                f"checkpoint {number} is of another architecture: {key!r} has the shape {_shape(found.get(key))}, and "
+                f"{_shape(expected.get(key))} in the trained model",
+                "checkpoints",
+            )
+        if all(torch.equal(expected[key].cpu(), found[key].cpu()) for key in expected):
+            raise SpecError(
+                f"checkpoint {number} has the trained weights; give the model before training", "checkpoints"
+            )
+        null.append(float(run(checkpoint)))
+    if not null:
+        raise SpecError("there is no checkpoint to compare with", "checkpoints")
+    said = f"the same pipeline on {len(null)} checkpoint{'s' if len(null) > 1 else ''} of the same architecture"
+    return compare(name, said, float(run(trained)), null, side)
+
+
+def _whole(given: Any) -> nn.Module:
+    """The module of a subject, or a module itself."""
+    module = given if isinstance(given, nn.Module) else getattr(given, "module", None)
+    if not isinstance(module, nn.Module):
+        raise SpecError(f"a checkpoint is a subject or a module, not {type(given).__name__}", "checkpoints")
+    return module
+
+
+def _shape(parameter: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if parameter is None else tuple(parameter.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

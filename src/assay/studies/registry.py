@@ -6,7 +6,11 @@ import importlib
 
 from assay.base.method import Method, get_method, methods
 
-METHOD_MODULES: tuple[str, ...] = ("assay.explain.method",)
+METHOD_MODULES: tuple[str, ...] = (
+    "assay.directions.methods.probe",
+    "assay.directions.methods.steer",
+    "assay.explain.method",
+)
 """Modules that register methods. Importing one must not import torch."""
 
 

@@ -1,0 +1,1 @@
+"""The registered methods of directions. Importing them imports no torch."""

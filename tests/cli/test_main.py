@@ -360,3 +360,16 @@ def test_an_empty_output_folder_is_refused(arguments: list[str], capsys: Capture
     assert main([*arguments, "--weights", ""]) == 2
     assert "weights: is empty" in capsys.readouterr().err
     assert log() == []
+
+
+def test_a_study_in_a_file_runs_and_plans(
+    home: Path, method: None, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps({"method": "tally", "model": str(model_folder), "spec": {"prompt": "When Mary"}}))
+    assert main(["run", str(file), "--plan", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] is False
+    assert main(["run", str(file), "--quiet", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "study.json").is_file()
+    assert main(["run", str(tmp_path / "absent.json"), "--quiet"]) == 2
+    assert "is no study" in capsys.readouterr().err

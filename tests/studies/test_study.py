@@ -460,3 +460,20 @@ def test_another_tokenizer_is_another_study(study: Study, tiny_tokenizer: Any, l
     assert log() == ["measure", "draws"] * 2
     again = study.plan(subject)
     assert (again.finished, [planned.cached for planned in again.steps]) == (True, [True, True])
+
+
+def test_a_study_is_read_from_a_file_and_its_files_lie_beside_it(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "weights.json").write_text(json.dumps([1.0] * 8))
+    written = {"method": "tally", "model": study.model, "spec": {"prompt": PROMPT, "weights": "data/weights.json"}}
+    (tmp_path / "study.json").write_text(json.dumps(written))
+    found = Study.read(tmp_path / "study.json")
+    assert found.spec.weights == tmp_path / "data" / "weights.json"  # type: ignore[attr-defined]
+    assert found.key("f") == Study(**{**written, "spec": {**found.spec.model_dump()}}).key("f")
+    found.run()
+    for text, message in (("[]", "holds a list"), ("{", "is no study"), ('{"method": "tally"}', "prompt: is required")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(SpecError, match=message):
+            Study.read(tmp_path / "bad.json")
+    with pytest.raises(SpecError, match="is no study"):
+        Study.read(tmp_path / "absent.json")

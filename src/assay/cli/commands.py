@@ -154,6 +154,42 @@ class Cache(Command):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Run(Command):
+    """Run a study that is written down as JSON: method, model, spec and seed."""
+
+    path: Annotated[
+        Positional[str], arg(metavar="FILE", help="The study. Files that it names are looked for beside it.")
+    ]
+    out: Annotated[
+        str | None,
+        arg(
+            aliases=("-o",),
+            metavar="FOLDER",
+            help="Write report.html, findings.jsonl, study.json and artifacts/ there.",
+            help_behavior_hint="(optional)",
+        ),
+    ] = None
+    plan: Annotated[bool, arg(help="Show what it would do and cost; run nothing.", help_behavior_hint="")] = False
+    no_cache: Annotated[bool, arg(help="Compute everything again, and keep it.", help_behavior_hint="")] = False
+    quiet: Annotated[bool, arg(aliases=("-q",), help="Show no progress.", help_behavior_hint="")] = False
+    json: Annotated[bool, arg(help="Print the result as JSON.", help_behavior_hint="")] = False
+
+    def run(self) -> int:
+        """Run or plan the study."""
+        from assay.cli.study import plan_study, run_study
+        from assay.studies.study import Study
+
+        study = Study.read(self.path)
+        if self.plan:
+            return plan_study(study, quiet=self.quiet, as_json=self.json)
+        return run_study(study, out=self.out, cache=not self.no_cache, quiet=self.quiet, as_json=self.json)
+
+    def stopped(self) -> str:
+        """Return what is kept, and how to go on."""
+        return "Finished steps are kept; the same command resumes from them."
+
+
+@dataclasses.dataclass(kw_only=True)
 class Check(Command):
     """Draw the controls of a saved result again, and say whether each finding keeps its verdict."""
 
@@ -207,7 +243,7 @@ def build_app() -> SubcommandApp:
         plans.command(name=method.name, help=f"Plan: {method.summary}")(command_class(method, planning=True))
     if methods:
         app.command(plans, name="plan", help="Show what a study would do and cost, and what is cached; runs nothing.")
-    for command in (Methods, Families, Check, Doctor, Cache, Completion):
+    for command in (Run, Check, Methods, Families, Doctor, Cache, Completion):
         app.command(name=command.__name__.lower(), help=command.__doc__)(configure(FlagCreatePairsOff)(command))
     return app
 

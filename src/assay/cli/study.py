@@ -24,25 +24,36 @@ def study_of(command: MethodCommand) -> Study:
 
 def plan(command: MethodCommand) -> int:
     """Print what the study would do and cost."""
-    study = study_of(command)
-    with watching(f"plan {study.method}", quiet=command.common.quiet) as watcher:
+    return plan_study(study_of(command), quiet=command.common.quiet, as_json=command.common.json)
+
+
+def run(command: MethodCommand) -> int:
+    """Run the study with progress on standard error, and print its findings."""
+    common = command.common
+    return run_study(
+        study_of(command), out=common.out, cache=not common.no_cache, quiet=common.quiet, as_json=common.json
+    )
+
+
+def plan_study(study: Study, *, quiet: bool, as_json: bool) -> int:
+    """Print what a study would do and cost."""
+    with watching(f"plan {study.method}", quiet=quiet) as watcher:
         planned = study.plan(progress=watcher)
-    if command.common.json:
+    if as_json:
         _print_json({"method": study.method, "model": study.model, "seed": study.seed, **planned.to_dict()})
     else:
         show_plan(planned)
     return 0
 
 
-def run(command: MethodCommand) -> int:
-    """Run the study with progress on standard error, and print its findings."""
-    study, common = study_of(command), command.common
-    with watching(study.method, quiet=common.quiet) as watcher:
-        outcome = execute(study, out=common.out, watcher=watcher, cache=not common.no_cache)
-    if common.json:
+def run_study(study: Study, *, out: str | None, cache: bool, quiet: bool, as_json: bool) -> int:
+    """Run a study with progress on standard error, and print its findings."""
+    with watching(study.method, quiet=quiet) as watcher:
+        outcome = execute(study, out=out, watcher=watcher, cache=cache)
+    if as_json:
         _print_json(outcome_dict(outcome))
     else:
-        show_outcome(outcome, quiet=common.quiet)
+        show_outcome(outcome, quiet=quiet)
     return 0
 
 

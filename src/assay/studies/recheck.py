@@ -18,7 +18,7 @@ from assay.base.findings import Finding
 from assay.base.hashing import digest
 from assay.studies.events import Watcher, ignore
 from assay.studies.run import execute
-from assay.studies.study import Study
+from assay.studies.study import Study, files_of
 from assay.studies.target import Target
 
 
@@ -108,10 +108,6 @@ def _same_data(study: Study, saved: list[Finding]) -> None:
     """Refuse a study whose files are not what they were when its findings were made."""
     recorded = {finding.provenance.spec_hash for finding in saved if finding.provenance.spec_hash}
     if recorded and digest(study.identity()) not in recorded:
-        files = [
-            name
-            for name, field in type(study.spec).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("file")
-        ]
-        given = ", ".join(f"{name} ({getattr(study.spec, name)})" for name in files if getattr(study.spec, name))
+        named = [(name, getattr(study.spec, name)) for name in files_of(study.spec)]
+        given = ", ".join(f"{name} ({path})" for name, path in named if path)
         raise SpecError(f"what the result was computed from has changed since: {given or 'its spec'}", "path")

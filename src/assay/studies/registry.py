@@ -7,6 +7,7 @@ import importlib
 from assay.base.method import Method, get_method, methods
 
 METHOD_MODULES: tuple[str, ...] = (
+    "assay.directions.methods.erase",
     "assay.directions.methods.probe",
     "assay.directions.methods.steer",
     "assay.explain.method",

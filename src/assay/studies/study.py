@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -52,6 +53,30 @@ class Study(BaseModel):
         method = find_method(data["method"])
         return {**data, "spec": _typed(method, data.get("spec", {}))}
 
+    @classmethod
+    def read(cls, path: str | Path) -> Study:
+        """Read a study from a JSON file: `{"method": ..., "model": ..., "spec": {...}, "seed": 0}`.
+
+        A file that the spec names is looked for beside the study's own file, unless its path is absolute.
+
+        Raises:
+            SpecError: The file cannot be read, is not JSON, or holds no valid study.
+        """
+        file = user_path(path, partial(SpecError, field="path"))
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{str(path)!r} is no study that can be read: {error}", field="path") from error
+        if not isinstance(data, dict):
+            raise SpecError(f"{str(path)!r} holds a {type(data).__name__}; a study is a JSON object", field="path")
+        study = cls(**data)
+        here = {
+            name: file.parent / getattr(study.spec, name)
+            for name in files_of(study.spec)
+            if getattr(study.spec, name) is not None
+        }
+        return study.model_copy(update={"spec": study.spec.model_copy(update=here)})
+
     def identity(self) -> dict[str, Any]:
         """Return the spec as JSON values with every file replaced by the hash of its contents.
 
@@ -61,10 +86,9 @@ class Study(BaseModel):
             SpecError: A file cannot be read.
         """
         identity = self.spec.model_dump(mode="json")
-        for name, field in type(self.spec).model_fields.items():
-            extra = field.json_schema_extra
+        for name in files_of(self.spec):
             path = getattr(self.spec, name)
-            if not isinstance(extra, dict) or not extra.get("file") or path is None:
+            if path is None:
                 continue
             if str(path) == ".":  # what an empty text becomes as a path
                 raise SpecError(f"{name}: is empty, and a file is needed", field=name)
@@ -134,6 +158,12 @@ class Study(BaseModel):
         from assay.studies.run import execute
 
         return execute(self, subject=subject, out=out, watcher=progress or ignore, cache=cache, cancel=cancel).findings
+
+
+def files_of(spec: BaseModel) -> list[str]:
+    """The fields of a spec that name files: those whose `json_schema_extra` holds `"file": True`."""
+    fields = type(spec).model_fields.items()
+    return [name for name, field in fields if isinstance(e := field.json_schema_extra, dict) and e.get("file")]
 
 
 def _typed(method: Method, given: Any) -> BaseModel:

@@ -63,6 +63,7 @@ def recipes(draw: Any) -> tuple[Any, str, Any, dict[str, Any]]:
         return kind, site, draw(tensors() | finite), {"scale": draw(finite), **where}
     if kind is assay.Clamp:
         low, high = draw(st.tuples(finite, finite | st.none()) | st.tuples(st.none(), finite))
+        low, high = (low, high) if None in (low, high) else sorted((low, high))
         return kind, site, draw(st.none() | tensors()), {"low": low, "high": high, **where}
     if kind is assay.Ablate:
         value = draw(st.sampled_from(["zero", "mean", "resample", "noise"]) | tensors() | donors)

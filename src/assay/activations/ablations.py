@@ -21,16 +21,34 @@ Key = tuple[str, int]
 
 
 def contents(batch: Batch) -> list[str]:
-    """A hash of what each row is made of: its prompt's tokens, or the module's own inputs."""
-    others = [*(batch.inputs or {}).values(), *batch.args]
-    given = [x for x in others if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch.size]
+    """A hash of what each row is made of: its prompt's tokens, or the module's own inputs.
+
+    The same for every stack of a model, and with any padding: masked tokens and the masks themselves do not count.
+    """
+    given = [*(batch.inputs or {}).items(), *((str(at), x) for at, x in enumerate(batch.args))]
+    rows = [(name, x) for name, x in given if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch.size]
+    masks = {name: x for name, x in rows if name.endswith(_MASK)}
+    parts = [(name, x, masks.get(_mask_of(name))) for name, x in rows if not name.endswith((_MASK, _POSITIONS))]
     found = []
     for row in range(batch.size):
-        content = hashlib.sha256(repr(batch.prompt(row)).encode())
-        for x in given:
-            content.update(x[row].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        content = hashlib.sha256(b"" if parts else repr(batch.prompt(row)).encode())
+        for name, x, mask in parts:
+            value = x[row].detach()
+            if mask is not None and mask.ndim == 2 and value.shape[:1] == mask.shape[1:]:
+                value = value[mask[row].to(value.device).bool()]
+            content.update(f"{name}:{tuple(value.shape)};".encode())
+            content.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         found.append(content.hexdigest()[:32])
     return found
+
+
+_MASK, _POSITIONS = "attention_mask", "position_ids"
+
+
+def _mask_of(name: str) -> str:
+    """The mask that goes with an input: `decoder_input_ids` has `decoder_attention_mask`."""
+    side, found, _ = name.partition("input")
+    return f"{side}{_MASK}" if found else ""
 
 
 def row_keys(batch: Batch) -> list[Key]:
@@ -72,7 +90,14 @@ def moments(x: Tensor, real: Tensor | None, over: tuple[int, ...]) -> tuple[Tens
 
 
 def standard_noise(
-    batch: Batch, rows: Sequence[int], columns: Sequence[int] | None, features: Sequence[int], seed: int, site: str
+    batch: Batch,
+    rows: Sequence[int],
+    columns: Sequence[int] | None,
+    features: Sequence[int],
+    seed: int,
+    site: str,
+    *,
+    whole: Batch | None = None,
 ) -> Tensor:
     """Standard normal noise, the same for a prompt wherever it is.
 
@@ -83,6 +108,7 @@ def standard_noise(
         features: The shape of what one position has (heads first).
         seed: The seed.
         site: The site's canonical name.
+        whole: The prompts as they were given, where the batch has other positions than they.
 
     Returns:
         `[rows, columns, *features]` (without columns where there are none), float32, on the CPU.
@@ -90,7 +116,7 @@ def standard_noise(
     Raises:
         InvalidEdit: If a column lies outside a prompt.
     """
-    keys = row_keys(batch)
+    keys = row_keys(whole or batch)
     drawn = []
     for row in rows:
         generator = torch_stream(seed, "noise", site, *keys[row])
@@ -102,13 +128,21 @@ def standard_noise(
             raise InvalidEdit(
                 f"noise at {site!r}: row {row} has {length} tokens, and positions beyond them were asked for"
             )
-        whole = torch.randn(length, *features, generator=generator)
-        drawn.append(whole[[column - start for column in columns]])
+        noise = torch.randn(length, *features, generator=generator)
+        drawn.append(noise[[column - start for column in columns]])
     return torch.stack(drawn)
 
 
 def choose_donors(
-    batch: Batch, rows: Sequence[int], donors: Batch, columns: Sequence[int] | None, seed: int, site: str
+    batch: Batch,
+    rows: Sequence[int],
+    donors: Batch,
+    columns: Sequence[int] | None,
+    seed: int,
+    site: str,
+    *,
+    whole: Batch | None = None,
+    made_of: Sequence[str] | None = None,
 ) -> list[tuple[int, list[int] | None]]:
     """Choose whose values each row gets: another prompt, long enough, at the same positions.
 
@@ -119,6 +153,8 @@ def choose_donors(
         columns: The rows' columns, or None at a site without positions.
         seed: The seed.
         site: The site's canonical name.
+        whole: The prompts as they were given, where the batch has other positions than they.
+        made_of: What each donor is made of (`contents`), where the donors have other positions than their prompts.
 
     Returns:
         The donor's row and its columns, for each row.
@@ -126,8 +162,8 @@ def choose_donors(
     Raises:
         InvalidEdit: If no other prompt reaches those positions.
     """
-    keys = row_keys(batch)
-    made_of = contents(donors)
+    keys = row_keys(whole or batch)
+    made_of = contents(donors) if made_of is None else made_of
     order = sorted(range(donors.size), key=lambda row: (made_of[row], row))  # so the donors' own order is no matter
     chosen = []
     for row in rows:

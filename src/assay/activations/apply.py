@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.activations.ablations import moments
+from assay.activations.checking import put
 from assay.activations.edits import Ablate, Edit, Patch, Where
 from assay.base.errors import InvalidEdit, UnknownSite
 from assay.base.sites import parse_site
@@ -42,6 +43,7 @@ class Window:
         width: The number of columns covered; None for all that the batch has.
         low: Columns below this one are not edited (generation, `apply_to="new"`).
         high: Columns from this one on are not edited (`apply_to="prompt"`); None for no limit.
+        whole: The prompts as they were given, where the batch stands for a site with positions of its own.
     """
 
     batch: Batch
@@ -49,6 +51,7 @@ class Window:
     width: int | None = None
     low: int = 0
     high: int | None = None
+    whole: Batch | None = None
 
     @property
     def last(self) -> int:
@@ -145,7 +148,7 @@ def apply_edits(x: Tensor, edits: Sequence[Placed], window: Window, point: Point
     layout = Layout.of(x, point, window)
     y = origin = layout.ordered(x)
     if layout.positions and y.shape[1] != window.last - window.first and window.first == 0 and window.width is None:
-        window = Window(window.batch.sized(y.shape[1]))
+        window = Window(window.batch.sized(y.shape[1]), whole=window.batch)
     fresh = False
     for placed in edits:
         heads = _heads(placed, point, layout, y)
@@ -168,24 +171,17 @@ def apply_edits(x: Tensor, edits: Sequence[Placed], window: Window, point: Point
                 has_positions=layout.positions,
                 moments=spread,
                 run=run,
+                stack=point.stack,
+                whole=window.whole,
             )
             if everything:
-                y = _typed(placed.edit.transform(y, where), y, placed.edit)
+                y = put(placed.edit.transform(y, where), y, placed.edit)
             else:
                 index = _index(y, group, heads, layout)
-                y[index] = _typed(placed.edit.transform(y[index], where), y, placed.edit)
+                y[index] = put(placed.edit.transform(y[index], where), y, placed.edit)
     if y is origin:
         return x
     return layout.restored(y)
-
-
-def _typed(new: Tensor, old: Tensor, edit: Edit) -> Tensor:
-    """New values in the type of the old: numbers of experts stay whole."""
-    if new.dtype == old.dtype:
-        return new
-    if not old.is_floating_point() and new.is_floating_point() and bool((new != new.round()).any()):
-        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): whole numbers are needed there, such as experts' own")
-    return new.to(old.dtype)
 
 
 def _site_name(placed: Placed) -> str:
@@ -291,6 +287,7 @@ def _groups(placed: Placed, window: Window, layout: Layout, y: Tensor) -> list[G
     assert by_row is not None
     if not any(by_row):
         raise InvalidEdit(f"{name}: positions={positions!r} selects no token")
+    by_row = [list(dict.fromkeys(columns)) for columns in by_row]  # a position that is said twice is one position
     pairs = rows if rows is not None else [(b, b) for b in base]
     places = order[0] if order is not None else base
     n_rows = order[1] if order is not None else len(base)
@@ -346,7 +343,7 @@ def _heads(placed: Placed, point: Point, layout: Layout, y: Tensor) -> int | lis
     if layout.heads is None:
         raise InvalidEdit(f"{edit.site!r} has no heads, and heads={wanted!r} was given")
     try:
-        chosen = _integers(wanted, y.shape[layout.heads])
+        chosen = list(dict.fromkeys(_integers(wanted, y.shape[layout.heads])))
     except (IndexError, TypeError, ValueError) as error:
         raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): heads={wanted!r}: {error}") from None
     return chosen if isinstance(wanted, slice) or not is_whole_number(wanted) else chosen[0]

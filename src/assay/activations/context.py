@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from assay.activations.apply import Placed, Window, apply_edits
-from assay.activations.current import CURRENT
+from assay.activations.current import CURRENT, no_run
 from assay.activations.serving import Guard, guard
 from assay.activations.values import named
 from assay.base.errors import SiteError, SiteNotFired
@@ -104,17 +104,19 @@ class RunState:
             return False
         request.fired = True
         point = request.point
-        changed = False
+        changed, written = False, None
         if request.edits:
-            value = self.rows_of(request, point.read(traffic))
+            value = self.rows_of(request, _read(point, traffic))
             base = value.clone() if point.in_place else value
             new = apply_edits(base, request.edits, window, point)
             if new is not base:
                 point.write(traffic, new)
-                changed = True
+                changed, written = True, new
         if request.captures:
             raw = point.raw(traffic)
-            self.keep(request, self.rows_of(request, point.read(traffic)), raw)
+            if written is None or not point.derived:  # which is computed beside the model, and knows of no edit
+                written = self.rows_of(request, _read(point, traffic))
+            self.keep(request, written, raw)
             self.seen.append((request, raw, _version(raw)))
             if request.guard and point.side != "attention":
                 point.replace(traffic, raw.clone())
@@ -185,6 +187,14 @@ class RunState:
                 f"never reached in this run: {', '.join(missing)}. Its module was not called"
                 + (" for any of the positions asked for (apply_to)" if self.append else "")
             )
+
+
+def _read(point: Point, traffic: Traffic) -> Tensor:
+    """What a point shows. A derived one may ask the module itself, in a call that is no part of the run."""
+    if not point.derived:
+        return point.read(traffic)
+    with no_run():
+        return point.read(traffic)
 
 
 def _version(tensor: Tensor) -> int:

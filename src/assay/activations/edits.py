@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from assay.activations.ablations import choose_donors, standard_noise
+from assay.activations.ablations import choose_donors, contents, standard_noise
+from assay.activations.checking import name_of, number, prepare, real, unit_rows
 from assay.activations.current import no_run
 from assay.activations.values import Donor, Run
 from assay.base.errors import InvalidEdit
 from assay.subjects.positions import At, Span
-from assay.subjects.tokens import Batch, from_ids
+from assay.subjects.tokens import Batch, from_ids, is_whole_number
 
 Positions = int | str | slice | Sequence[int] | Sequence[Sequence[int]] | At | Span | None
 Indices = int | slice | Sequence[int] | None
@@ -42,6 +43,12 @@ class Edit:
     """
 
     site: str
+    needs_numbers: ClassVar[bool] = False
+    """Whether its value is a number or a tensor, and nothing else."""
+
+    def __post_init__(self) -> None:
+        """Refuse what fits no site, and read iterators once."""
+        prepare(self)
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """The new value of what was selected.
@@ -72,6 +79,8 @@ class Where:
         moments: The mean and standard deviation over the run's real tokens, `[1, 1, (heads,) features]`, where the edit
             asked for them.
         run: All the values of the run that the edit belongs to, by base row, and their first column, likewise.
+        stack: The stack whose positions the site counts.
+        whole: The prompts as they were given, where the batch has the positions of another site.
     """
 
     batch: Batch
@@ -87,6 +96,8 @@ class Where:
     has_positions: bool = True
     moments: tuple[Tensor, Tensor] | None = None
     run: tuple[Tensor, int] | None = None
+    stack: str = ""
+    whole: Batch | None = None
 
     def some_heads(self, x: Tensor) -> Tensor:
         """The selected heads of a tensor that has all of them."""
@@ -99,11 +110,8 @@ class Where:
 
 def _broadcast(value: Any, x: Tensor, edit: Edit, where: Where) -> Tensor:
     """A value for each selected entry; entries of its own for each row or position are picked by their place."""
-    name = f"{type(edit).__name__}({edit.site!r})"
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise InvalidEdit(f"{name}: a number or a tensor is needed, not {value!r:.60}") from None
+    name, tensor = name_of(edit), torch.as_tensor(value)
+    real(tensor, x, edit)
     given = tuple(tensor.shape)
     fraction_of_whole = tensor.is_floating_point() and not x.is_floating_point()  # refused once it is put in place
     tensor = tensor.to(device=x.device, dtype=tensor.dtype if fraction_of_whole else x.dtype)
@@ -130,6 +138,7 @@ def _broadcast(value: Any, x: Tensor, edit: Edit, where: Where) -> Tensor:
 class Add(Edit):
     """Add a vector: `x + scale * value`. Steering is this."""
 
+    needs_numbers: ClassVar[bool] = True
     value: Tensor | float
     scale: float = field(default=1.0, kw_only=True)
     positions: Positions = field(default=None, kw_only=True)
@@ -145,6 +154,7 @@ class Add(Edit):
 class Set(Edit):
     """Put a value in place: `scale * value`."""
 
+    needs_numbers: ClassVar[bool] = True
     value: Tensor | float
     scale: float = field(default=1.0, kw_only=True)
     positions: Positions = field(default=None, kw_only=True)
@@ -160,6 +170,7 @@ class Set(Edit):
 class Scale(Edit):
     """Multiply: `scale * value * x`."""
 
+    needs_numbers: ClassVar[bool] = True
     value: Tensor | float
     scale: float = field(default=1.0, kw_only=True)
     positions: Positions = field(default=None, kw_only=True)
@@ -186,20 +197,27 @@ class Clamp(Edit):
     heads: Indices = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a clamp without bounds."""
+        """Refuse a clamp without bounds, or between bounds that leave nothing."""
+        prepare(self)
         if self.low is None and self.high is None:
             raise InvalidEdit(f"Clamp({self.site!r}) needs low=, high= or both")
+        low, high = (b if b is None else number(self, what, b) for what, b in (("low", self.low), ("high", self.high)))
+        if low is not None and high is not None and low > high:
+            raise InvalidEdit(f"Clamp({self.site!r}): low={low} is above high={high}, and nothing lies between")
+        for what, bound in (("low", low), ("high", high)):
+            if not isinstance(getattr(self, what), int | float):
+                object.__setattr__(self, what, bound)
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """Clamp the values or the component."""
         if self.value is None:
             return x.clamp(self.low, self.high)
-        rows = _unit_rows(self.value, x, self)
+        rows = unit_rows(self.value, x, self)
         if len(rows) != 1:
             raise InvalidEdit(f"Clamp({self.site!r}) clamps along one direction, and {len(rows)} were given")
         unit = rows[0]
         component = (x.to(unit.dtype) * unit).sum(-1, keepdim=True)
-        return (x + (component.clamp(self.low, self.high) - component) * unit).to(x.dtype)
+        return x + (component.clamp(self.low, self.high) - component) * unit
 
 
 ABLATIONS = ("zero", "mean", "resample", "noise")
@@ -240,6 +258,11 @@ class Ablate(Edit):
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind."""
+        prepare(self)
+        if not is_whole_number(self.seed):
+            raise InvalidEdit(f"Ablate({self.site!r}): seed={self.seed!r:.60}: a whole number is needed")
+        if self.sigma is not None:
+            number(self, "sigma", self.sigma)
         if not isinstance(self.value, Tensor | Run | Donor) and self.kind not in ABLATIONS:
             kinds = ", ".join(map(repr, ABLATIONS))
             raise InvalidEdit(f"Ablate({self.site!r}): {self.value!r:.60} is not {kinds}, a tensor, a Run or a Donor")
@@ -274,21 +297,29 @@ class Ablate(Edit):
         assert where.moments is not None
         mean, spread = where.moments
         if self.kind == "mean":
-            return where.some_heads(mean).to(x.dtype).expand_as(x).clone()
+            return where.some_heads(mean).expand_as(x).clone()
         lead = 2 if where.has_positions else 1
-        noise = standard_noise(where.batch, where.rows, where.columns, mean.shape[lead:], self.seed, where.site)
+        features = mean.shape[lead:]
+        noise = standard_noise(
+            where.batch, where.rows, where.columns, features, self.seed, where.site, whole=where.whole
+        )
         if self.sigma is None and not bool((spread > 0).any()):
             raise InvalidEdit(f"Ablate({self.site!r}, 'noise'): the values of one token have no spread; give sigma=")
         noise = noise.to(mean.device) * (spread if self.sigma is None else self.sigma)
-        return where.some_heads(mean + noise).to(x.dtype)
+        return where.some_heads(mean + noise)
 
     def _resampled(self, x: Tensor, where: Where) -> Tensor:
         if self.kind == "resample":
             assert where.run is not None
-            source, first, donors = *where.run, where.batch
+            source, first, donors, made_of = *where.run, where.batch, where.whole or where.batch
         else:
             source, donors, first = *_source(self.value, self, where), 0
-        chosen = choose_donors(where.batch, where.rows, donors, where.columns, self.seed, where.site)
+            assert isinstance(self.value, Run | Donor)
+            made_of = self.value.batch
+        keys = contents(made_of)
+        chosen = choose_donors(
+            where.batch, where.rows, donors, where.columns, self.seed, where.site, whole=where.whole, made_of=keys
+        )
         picked = [source[at] if c is None else source[at][[column - first for column in c]] for at, c in chosen]
         return _selected(torch.stack(picked), x, self, where)
 
@@ -297,6 +328,7 @@ class Ablate(Edit):
 class ProjectOut(Edit):
     """Remove the span of the rows of `value`: `x - Q Q' x`, with `Q` an orthonormal basis of it."""
 
+    needs_numbers: ClassVar[bool] = True
     value: Tensor
     positions: Positions = field(default=None, kw_only=True)
     rows: Indices = field(default=None, kw_only=True)
@@ -304,9 +336,9 @@ class ProjectOut(Edit):
 
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """Remove the span."""
-        basis = _unit_rows(self.value, x, self)
+        basis = unit_rows(self.value, x, self)
         wide = x.to(basis.dtype)
-        return (wide - (wide @ basis.T) @ basis).to(x.dtype)
+        return wide - (wide @ basis.T) @ basis
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +361,11 @@ class Patch(Edit):
         """The source's value for these rows and columns."""
         source, batch = _source(self.value, self, where)
         size = source.shape[0]
+        if size > max(1, where.batch.size):
+            raise InvalidEdit(
+                f"Patch({self.site!r}): the source has {size} rows, and this run {where.batch.size}; row k gets row k "
+                f"of the source, and a source of one row serves them all"
+            )
         picked = []
         for row in where.rows:
             at = row if size > 1 else 0
@@ -374,7 +411,8 @@ def _source(value: Any, edit: Edit, where: Where) -> tuple[Tensor, Batch]:
     elif where.heads is not None:
         raise InvalidEdit(f"{name}: heads are selected, and the source has no heads")
     if isinstance(value, Run | Donor):
-        return tensor, value.batch.sized(tensor.shape[1]) if where.has_positions else value.batch
+        batch = value.batch.of(where.stack)
+        return tensor, batch.sized(tensor.shape[1]) if where.has_positions else batch
     length = tensor.shape[1] if where.has_positions else 1
     return tensor, from_ids(torch.zeros(len(tensor), length).long())
 
@@ -388,7 +426,7 @@ def _selected(found: Tensor, x: Tensor, edit: Edit, where: Where) -> Tensor:
             f"{type(edit).__name__}({edit.site!r}): the source gives {tuple(found.shape)} where {tuple(x.shape)} is "
             f"selected; prompts of different length need positions= and source_positions="
         )
-    return found.to(device=x.device, dtype=x.dtype)
+    return found.to(x.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +438,12 @@ class Apply(Edit):
     rows: Indices = field(default=None, kw_only=True)
     heads: Indices = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be called."""
+        prepare(self)
+        if not callable(self.value):
+            raise InvalidEdit(f"Apply({self.site!r}): a function of a tensor is needed, not {self.value!r:.60}")
+
     def transform(self, x: Tensor, where: Where) -> Tensor:
         """`value(x)`, which must keep the shape."""
         with no_run():
@@ -408,25 +452,3 @@ class Apply(Edit):
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise InvalidEdit(f"Apply({self.site!r}): the function returned {got} for a tensor shaped {tuple(x.shape)}")
         return new
-
-
-def _unit_rows(value: Tensor, x: Tensor, edit: Edit) -> Tensor:
-    try:
-        value = torch.as_tensor(value)
-        wide = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for a basis
-        rows = value.reshape(-1, value.shape[-1]).to(device=x.device, dtype=wide)
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        raise InvalidEdit(
-            f"{type(edit).__name__}({edit.site!r}): directions [k, d] are needed, not {value!r:.60}"
-        ) from None
-    if rows.shape[-1] != x.shape[-1]:
-        raise InvalidEdit(
-            f"{type(edit).__name__}({edit.site!r}): directions of width {rows.shape[-1]} at a site of width "
-            f"{x.shape[-1]}"
-        )
-    q, r = torch.linalg.qr(rows.T)
-    diagonal = torch.diagonal(r)
-    if not bool((diagonal.abs() > 1e-6 * rows.norm(dim=1).clamp(min=1e-30)).all()):
-        raise InvalidEdit(f"{type(edit).__name__}({edit.site!r}): the directions are zero or linearly dependent")
-    signed: Tensor = q * diagonal.sign()
-    return signed.T

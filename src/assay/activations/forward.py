@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from assay.activations.apply import Placed, Window
+from assay.activations.checking import edits_of
 from assay.activations.context import Request, RunState, current_run
 from assay.activations.edits import Edit
 from assay.activations.hooks import running
@@ -38,7 +39,7 @@ def plan_requests(model: Model, capture: str | Sequence[str], edits: Sequence[Ed
 
     Raises:
         UnknownSite: If a name is not a site of this model.
-        InvalidEdit: If something that is not an edit was given as one.
+        InvalidEdit: If something that is not an edit was given as one, or one edit without a list.
     """
     requests: dict[str, Request] = {}
 
@@ -49,7 +50,7 @@ def plan_requests(model: Model, capture: str | Sequence[str], edits: Sequence[Ed
             requests[name] = Request(whole, model.point(whole), guard=name in model.overwritten)
         return requests[name]
 
-    for edit in edits:
+    for edit in edits_of(edits):
         if not isinstance(edit, Edit):
             raise InvalidEdit(f"edits are Add, Set, Scale, Clamp, Ablate, ProjectOut, Patch or Apply, not {edit!r:.80}")
         site = model.site(edit.site)
@@ -95,8 +96,10 @@ def forward(
         Logits, captured tensors, gradients.
     """
     model.require_eval()
-    if grad is not None and model.architecture is None:
-        batch = rooted(batch)
+    edits = edits_of(edits)  # read once, though it may be run twice
+    if grad is not None:
+        _require_graph(model)
+        batch = rooted(batch) if model.architecture is None else batch
     while True:
         requests = plan_requests(model, capture, edits)
         state = RunState(requests, Window(batch), keep_graph=grad is not None)
@@ -148,6 +151,16 @@ def _result(logits: Tensor, batch: Batch, captured: Captured) -> Run:
     return Run(logits=named(logits.detach(), dims), batch=batch, captured=captured)
 
 
+def _require_graph(model: Model) -> None:
+    """Refuse gradients through weights that no graph can hold."""
+    if any(parameter.is_inference() for parameter in model.module.parameters()):
+        raise SpecError(
+            f"grad= needs weights that a graph can hold, and those of {model.name} were made in "
+            f"torch.inference_mode(): make or load the module outside of it",
+            "grad",
+        )
+
+
 def main_output(output: Any) -> Tensor:
     """A module's logits, or the first tensor that it returned.
 
@@ -186,12 +199,23 @@ def _with_gradient(run: Run, state: RunState, metric: Metric, logits: Tensor) ->
     if not state.captured:
         raise SpecError("grad= needs capture=: the sites at which the gradient is wanted", "grad")
     value = metric(logits)
+    one_a_row = isinstance(value, Tensor) and value.shape == logits.shape[:1]
+    if isinstance(value, Tensor) and not one_a_row:
+        raise SpecError(
+            f"the metric must map logits {list(logits.shape)} to one value a row, [{logits.shape[0]}]; it gave a "
+            f"tensor shaped {tuple(value.shape)}",
+            "grad",
+        )
     if not isinstance(value, Tensor) or not value.requires_grad:
         if not logits.requires_grad:
             raise SpecError("no parameter of this module wants a gradient, so none reaches its output", "grad")
         raise SpecError("the metric must be a tensor computed from the logits it is given", "grad")
     names = list(state.captured)
     raws = [state.raws[name] for name in names]
+    for name, raw in zip(names, raws, strict=True):
+        if not raw.requires_grad:
+            why = "whole numbers" if not raw.is_floating_point() else "nothing before it wants a gradient"
+            raise SpecError(f"there is no gradient at {name!r} ({why}): leave it out of capture=", "capture")
     found = torch.autograd.grad(value.sum(), raws, allow_unused=True)
     gradients = {}
     for name, raw, gradient in zip(names, raws, found, strict=True):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,18 +16,17 @@ from torch import Tensor, nn
 from assay.activations.apply import Window
 from assay.activations.context import RunState, current_run
 from assay.activations.decoding import TextSoFar, Token, decoding_loop, draw_from_streams
-from assay.activations.edits import Ablate, Edit
+from assay.activations.edits import Edit
 from assay.activations.forward import forward, plan_requests
 from assay.activations.hooks import running
+from assay.activations.options import ApplyTo as ApplyTo
+from assay.activations.options import check, own_generate, setting
 from assay.activations.planning import refuse_too_much
 from assay.activations.serving import watch
 from assay.activations.values import Captured, Run, named
-from assay.base.errors import AssayError, SpecError
-from assay.subjects.inputs import start_token
+from assay.base.errors import AssayError, SiteError, SpecError
 from assay.subjects.model import Model
 from assay.subjects.tokens import Batch, from_ids
-
-ApplyTo = Literal["prompt", "new", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def generate(
                 pass
             return stream.run
     work = _Work(model, batch, edits, capture, apply_to, max_new_tokens, options, logits)
-    with work.going():
+    with work.going(), work.preparing():
         module: Any = model.module
         output = module.generate(**work.inputs, **work.config, output_logits=logits, return_dict_in_generate=True)
     return work.result(output.sequences, list(output.logits) if logits else [])
@@ -88,7 +88,9 @@ class Stream:
     """A generation that gives its tokens as they are made. It runs only while the next token is asked for.
 
     Between tokens nothing of it is on the module, so other runs may come in between; leaving it unfinished costs
-    nothing. Use it as an iterator of `Step`, and as a context manager where it should end with a block.
+    nothing. Use it as an iterator of `Step`, and as a context manager where it should end with a block. Threads may ask
+    it for tokens at the same time: each gets one, in turn. A step that fails ends the stream, and asking for more then
+    raises an error that says so.
 
     Args:
         model: The subject.
@@ -126,12 +128,14 @@ class Stream:
         self._sequence = batch.ids
         self._done: tuple[bool, ...] = (False,) * batch.size
         self._count, self._exhausted = 0, False
+        self._failed: BaseException | None = None
+        self._turn, self._going = threading.RLock(), False
         self._texts: list[TextSoFar] = []
         if model.tokenizer is not None:
             prompts = [batch.prompt(row) if batch.inputs is None else [] for row in range(batch.size)]
             self._texts = [TextSoFar(model.tokenizer, prompt) for prompt in prompts]
         draw = None if seed is None else draw_from_streams(batch, seed)
-        with self._work.going():
+        with self._work.going(), self._work.preparing():
             self._tokens = _started(model.module, {**self._work.inputs, **self._work.config}, decoding_loop(draw))
 
     def __iter__(self) -> Stream:
@@ -139,16 +143,36 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        """Make one token in each row."""
+        """Make one token in each row.
+
+        Raises:
+            SpecError: If a step has failed before, or this one is asked for from within another.
+        """
+        with self._turn:
+            if self._going:
+                raise SpecError("this stream is making a token already: ask for the next one when it is there")
+            if self._failed is not None:
+                raise SpecError(
+                    f"this stream ended with an error, {type(self._failed).__name__}: {self._failed}; start it again"
+                ) from self._failed
+            self._going = True
+            try:
+                return self._step()
+            except BaseException as error:
+                if isinstance(error, StopIteration):
+                    self._exhausted = True
+                else:
+                    self._failed = error
+                self.close()
+                raise
+            finally:
+                self._going = False
+
+    def _step(self) -> Step:
         state = self._work.state
         before = {name: pieces[-1] for name, pieces in state.pieces.items()}
-        try:
-            with self._work.going():
-                token = next(self._tokens)
-        except BaseException as error:
-            self._exhausted |= isinstance(error, StopIteration)
-            self.close()
-            raise
+        with self._work.going():
+            token = next(self._tokens)
         latest = {name: pieces[-1] for name, pieces in state.pieces.items()}
         new = {name: piece for name, piece in latest.items() if piece is not before.get(name)}
         if not self._keep:
@@ -206,13 +230,6 @@ def _started(module: Any, options: dict[str, Any], loop: Any) -> Iterator[Token]
     )
 
 
-def own_generate(module: nn.Module) -> bool:
-    """Whether a module's `generate` is its own rather than the one that all transformers models share."""
-    from transformers import GenerationMixin
-
-    return getattr(type(module), "generate", None) is not GenerationMixin.generate
-
-
 class _Work:
     """A generation's state, options and hooks, shared by the two ways of driving it."""
 
@@ -227,7 +244,7 @@ class _Work:
         options: dict[str, Any],
         logits: bool,
     ) -> None:
-        _check(model, batch, edits, capture, apply_to, max_new_tokens, options)
+        check(model, batch, edits, capture, apply_to, max_new_tokens, options)
         _learn_overwritten(model, batch, capture)
         self.model, self.batch, self.apply_to = model, batch, apply_to
         target = _decoded(model, batch)
@@ -235,7 +252,8 @@ class _Work:
         old = 0 if apply_to == "new" else target.width
         refuse_too_much(model, batch, capture, captured=old + new, n=max_new_tokens if logits else 0)
         windows = {name: _window(stack, apply_to) for name, stack in batch.stacks.items()}
-        self.state = RunState(
+        self.begun = False
+        self.state = _Growing(
             plan_requests(model, capture, edits),
             replace(_window(target, apply_to), width=0),
             append=True,
@@ -243,11 +261,15 @@ class _Work:
         )
         self.asked = bool(edits or capture)
         inside = any(request.point.side == "attention" for request in self.state.requests.values())
-        if inside and _setting(model, options, "cache_implementation", "dynamic") == "static":
+        if inside and setting(model, options, "cache_implementation", "dynamic") == "static":
             raise SpecError("a static cache has room for keys to come: attention's inside needs a dynamic one")
-        if "logits" in self.state.requests and model.module._supports_logits_to_keep():  # type: ignore[operator]
+        after = "logits" in self.state.requests or any(
+            request.site.module is not None and not _in_a_block(model, request.point.module)
+            for request in self.state.requests.values()
+        )
+        if after and model.module._supports_logits_to_keep():  # type: ignore[operator]
             options = {"logits_to_keep": 0, **options}  # of every position: they are a site like any other
-        self.cached = bool(_setting(model, options, "use_cache", True))
+        self.cached = bool(setting(model, options, "use_cache", True))
         self.inputs = _inputs(batch)
         self.config = {
             "max_new_tokens": max_new_tokens,
@@ -271,11 +293,22 @@ class _Work:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What `generate` finds wrong with its options before the first forward is an error in them."""
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            if self.begun:
+                raise
+            raise SpecError(f"{type(self.model.module).__name__}.generate refuses this: {error}") from error
+
     def _advance(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward: move the window to the columns that it covers."""
         state = self.state
         if current_run() is not state:
             return
+        self.begun = True
         if state.limited is not None:
             state.limited.check()
         given = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
@@ -309,6 +342,31 @@ class _Work:
         )
 
 
+class _Growing(RunState):
+    """A run whose forwards cover one part of the prompts after the other."""
+
+    __slots__ = ()
+
+    def _within_span(self, kept: Tensor, dims: tuple[str, ...], window: Window) -> Tensor:
+        """Only the columns that captures apply to, of a raw site as well: its second dimension has the positions."""
+        covered = window.last - window.first
+        if dims[1:2] == ("dim1",) and kept.shape[1] == covered and (kept.ndim > 2 or not kept.is_floating_point()):
+            dims = (dims[0], "pos", *dims[2:])
+        elif not {"pos", "query"} & set(dims) and window.span != (window.first, window.last) and not self.windows:
+            raise SiteError(
+                f"a capture shaped {tuple(kept.shape)} does not say which of its dimensions has the positions, and "
+                f"only some of {covered} are wanted: capture it with apply_to='all', or use the cache"
+            )
+        return super()._within_span(kept, dims, window)
+
+
+def _in_a_block(model: Model, module: nn.Module) -> bool:
+    """Whether a module is part of a block; what comes after the blocks may get the last column alone."""
+    if model.architecture is None:
+        return False
+    return any(part is module for block in model.parts.blocks for part in block.modules())
+
+
 def _learn_overwritten(model: Model, batch: Batch, capture: str | Sequence[str]) -> None:
     """Learn on one token whether the module writes over what raw sites capture; loading has seen the standard ones."""
     raw = [str(site) for site in model.expand(capture) if site.module is not None]
@@ -339,104 +397,17 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return given | ({"decoder_input_ids": batch.ids} if "decoder_input_ids" in batch.inputs and batch.width > 1 else {})
 
 
-def _check(
-    model: Model,
-    batch: Batch,
-    edits: Sequence[Edit],
-    capture: str | Sequence[str],
-    apply_to: str | None,
-    max_new_tokens: int,
-    options: dict[str, Any],
-) -> None:
-    """Refuse what edits and captures cannot follow."""
-    if (edits or capture) and apply_to not in get_args(ApplyTo):
-        raise SpecError(
-            f"apply_to={apply_to!r}: say whether edits and captures apply to the 'prompt', the 'new' tokens or 'all'",
-            "apply_to",
-        )
-    model.require_eval()
-    if not hasattr(model.module, "generate"):
-        raise SpecError(f"{type(model.module).__name__} does not generate: it has no generate method", "model")
-    for name in ("num_beams", "num_return_sequences"):
-        if _setting(model, options, name, 1) not in (1, None):
-            raise SpecError(f"edits and captures follow rows, and {name} changes them: use {name}=1", name)
-    for name in ("return_dict_in_generate", "output_logits", "custom_generate", "streamer"):
-        if name in options:
-            raise SpecError(f"{name}= is set here already: the run has the tokens and the logits", name)
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if options.get(name) is not None:
-            raise SpecError(f"{name}= drafts tokens and takes some back; edits and captures cannot follow that", name)
-    _check_length(model, batch, max_new_tokens)
-    for edit in edits:
-        _check_edit(edit, apply_to)
-    if getattr(model.config, "is_encoder_decoder", False):
-        _check_decoder(model, batch, options)
-    if any(start + length != batch.width for start, length in zip(batch.starts, batch.lengths, strict=True)):
-        raise SpecError("generation needs padding on the left: give texts, or a mask whose rows end with real tokens")
-
-
-def _check_decoder(model: Model, batch: Batch, options: dict[str, Any]) -> None:
-    """Refuse decoder prompts that the module's `generate` would change before it runs."""
-    start, own = start_token(model), own_generate(model.module)
-    if batch.padded:
-        raise SpecError("the decoder's prompts must be of one length: generate for those of each length by themselves")
-    if bool((batch.ids[:, 0] != start).any()) and not own:
-        raise SpecError(f"decoder_input_ids must begin with the token that this decoder starts with, {start}")
-    settings = getattr(model.module, "generation_config", None)
-    if own and getattr(settings, "is_multilingual", False) and _setting(model, options, "language", None) is None:
-        raise SpecError(
-            "this model would detect the language with a forward of its own, which edits and captures cannot be told "
-            "from the generation's: give language=",
-            "language",
-        )
-
-
-def _check_length(model: Model, batch: Batch, max_new_tokens: int) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise SpecError(f"max_new_tokens={max_new_tokens}: at least 1", "max_new_tokens")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    prompt = max(batch.lengths)
-    if isinstance(limit, int) and prompt + max_new_tokens > limit:
-        raise SpecError(
-            f"a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} do not fit the model's context of "
-            f"{limit}: at most {max(0, limit - prompt)} new tokens do",
-            "max_new_tokens",
-        )
-
-
-def _check_edit(edit: Edit, apply_to: str | None) -> None:
-    """Refuse an edit that would never act, or that needs tokens which are not there yet."""
-    positions = getattr(edit, "positions", None)
-    if apply_to == "new" and positions is not None:
-        raise SpecError(
-            f"{type(edit).__name__}({edit.site!r}): positions={positions!r} are the prompt's, and apply_to='new' "
-            f"leaves the prompt as it is",
-            "apply_to",
-        )
-    if isinstance(edit, Ablate) and edit.needs_run and apply_to != "prompt":
-        raise SpecError(
-            f"Ablate({edit.site!r}, {edit.kind!r}) needs all of a run's tokens, which generation does not have yet: "
-            f"give a tensor (subject.mean), or apply_to='prompt'",
-            "apply_to",
-        )
-
-
-def _setting(model: Model, options: dict[str, Any], name: str, default: Any) -> Any:
-    """A setting of generation: from the call, from a configuration given with it, or from the module's own."""
-    if name in options:
-        return options[name]
-    for config in (options.get("generation_config"), getattr(model.module, "generation_config", None)):
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    return default
-
-
 def _join(name: str, pieces: list[Tensor]) -> Tensor:
     """Join the steps along positions; patterns and scores are padded with what a query gives to keys after it."""
     closed = float("-inf") if "attn.scores" in name else 0.0
     dims = pieces[0].dims  # type: ignore[attr-defined]
     along = dims.index("pos") if "pos" in dims else dims.index("query") if "query" in dims else 1
+    if not {"pos", "query"} & set(dims) and any(piece.ndim < 2 or piece.shape[1] != 1 for piece in pieces[1:]):
+        shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces[:3])
+        raise SiteError(
+            f"{name!r} was captured shaped {shapes}: these are not a prompt and then single tokens, [batch, pos, ...], "
+            f"so they cannot be joined; capture it step by step with subject.stream"
+        )
     if "key" in dims:
         width = max(piece.shape[-1] for piece in pieces)
         pieces = [nn.functional.pad(piece, (0, width - piece.shape[-1]), value=closed) for piece in pieces]

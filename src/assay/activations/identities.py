@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from assay.base.errors import UnsupportedArchitecture
 from assay.subjects.architecture import Latent
-from assay.subjects.block_points import linear_bias, linear_matrix
+from assay.subjects.linear import linear_bias, linear_matrix
 from assay.subjects.norms import read_norm
 from assay.subjects.parts import Parts
 from assay.subjects.placement import quantised
@@ -274,7 +275,10 @@ class Identities:
         if quantised(module):  # it may round its inputs too: only the module knows
             found = module(x)
         else:
-            matrix, bias = linear_matrix(module), linear_bias(module)
+            try:
+                matrix, bias = linear_matrix(module), linear_bias(module)
+            except UnsupportedArchitecture as error:
+                return failed(identity, f"{self.name_of(module)}: {error}")
             if x.shape[-1] != matrix.shape[0]:
                 return failed(identity, f"they are {x.shape[-1]} and {matrix.shape[0]} wide")
             found = x.to(matrix.dtype) @ matrix.to(x.device)
@@ -282,6 +286,10 @@ class Identities:
         between = self.parts.find(self.parts.blocks[i], post)
         found = found if between is None else between[0](found)
         return self.check(identity, found * self.parts.factor, self.get(i, out))
+
+    def name_of(self, module: nn.Module) -> str:
+        """A module's dotted path in the model."""
+        return next((repr(name) for name, found in self.parts.module.named_modules() if found is module), "a module")
 
     def mlp(self, i: int) -> Iterator[Check]:
         """What goes through the nonlinearity, and out."""

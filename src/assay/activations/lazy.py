@@ -106,6 +106,10 @@ class LazyLogits:
         """Some of the rows, sharing what has been computed."""
         return _LazyRows(self, start, stop)
 
+    def alone(self, row: int) -> LazyLogits:
+        """One row, of which nothing is shared: writing to it leaves these logits as they are."""
+        return _Alone(self, row, row + 1)
+
     def column(self, position: int) -> Tensor:
         """One position's logits, `[rows, vocab]`."""
         at = self._at(position)
@@ -120,6 +124,10 @@ class LazyLogits:
         if self._whole is not None or at in self._columns:
             return self.column(at)[:, ids.to(self.column(at).device)]
         return self._unembed(self._stream(at), ids)
+
+    def _made(self) -> dict[int, Tensor]:
+        """The columns that have been computed."""
+        return self._columns
 
     def _stream(self, at: int) -> Tensor:
         if at not in self._streams:
@@ -155,6 +163,15 @@ class LazyLogits:
         some, inverse = torch.unique(ids, return_inverse=True)
         return self.entries(int(index[1]), some)[index[0], inverse if ids.ndim else int(inverse)]
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Assign as to a tensor, which these logits then are: what was not computed is computed first."""
+        whole = self.full().clone()
+        for at, column in self._made().items():  # it may have been written to in place
+            whole[:, at] = column
+        whole[key] = value.full() if isinstance(value, LazyLogits) else value
+        self._whole = whole
+        self._columns.clear()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Any torch function computes all the logits first."""
@@ -178,20 +195,55 @@ class _LazyRows(LazyLogits):
 
     def __init__(self, parent: LazyLogits, start: int, stop: int) -> None:
         self._parent, self._start, self._stop = parent, start, stop
+        self._whole: Tensor | None = None
+        self._columns: dict[int, Tensor] = {}
         self.shape = torch.Size((stop - start, *parent.shape[1:]))
         self.ndim = 3
 
     def full(self) -> Tensor:
-        return self._parent.full()[self._start : self._stop]
+        return self._parent.full()[self._start : self._stop] if self._whole is None else self._whole
 
     def column(self, position: int) -> Tensor:
+        if self._whole is not None:
+            return self._whole[:, self._at(position)]
         return self._parent.column(position)[self._start : self._stop]
 
     def entries(self, position: int, ids: Tensor) -> Tensor:
+        if self._whole is not None:
+            return self.column(position)[:, ids.to(self._whole.device)]
         return self._parent.entries(position, ids)[self._start : self._stop]
+
+    def _made(self) -> dict[int, Tensor]:
+        if self._whole is not None:
+            return {}
+        return {at: column[self._start : self._stop] for at, column in self._parent._made().items()}
 
     def _stream(self, at: int) -> Tensor:
         return self._parent._stream(at)
+
+
+class _Alone(_LazyRows):
+    """One row of other lazy logits, with memory of its own."""
+
+    def full(self) -> Tensor:
+        if self._whole is None:
+            self._whole = super().full().clone()
+        return self._whole
+
+    def column(self, position: int) -> Tensor:
+        at = self._at(position)
+        if at not in self._columns:
+            found = super().column(at)
+            self._columns[at] = found if self._whole is not None else found.clone()
+        return self._columns[at]
+
+    def entries(self, position: int, ids: Tensor) -> Tensor:
+        if self._at(position) in self._columns:
+            return self.column(position)[:, ids.to(self.column(position).device)]
+        return super().entries(position, ids)
+
+    def _made(self) -> dict[int, Tensor]:
+        return self._columns
 
 
 def _whole_numbers(ids: Any, size: int) -> Tensor | None:

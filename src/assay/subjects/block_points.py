@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from assay.base.errors import UnsupportedArchitecture
 from assay.subjects.architecture import Attention, Fused, Latent, Mlp, Path, setting
-from assay.subjects.placement import true_weight
-from assay.subjects.points import RESIDUAL, ColumnsPoint, Dims, Point, ResultPoint
+from assay.subjects.linear import linear_bias as linear_bias
+from assay.subjects.linear import linear_matrix as linear_matrix
+from assay.subjects.linear import out_width as out_width
+from assay.subjects.points import RESIDUAL, ColumnsPoint, Dims, ExpertsPoint, Point, ResultPoint
 
 if TYPE_CHECKING:
     from assay.subjects.parts import Parts
@@ -205,7 +207,9 @@ class BlockPoints:
         return {
             "mlp.router": parts.writes(router, EXPERTS, read_only=why),
             "mlp.weights": parts.writes(router, CHOICES, item=1),
-            "mlp.experts": parts.writes(router, CHOICES, item=2),
+            "mlp.experts": lambda: ExpertsPoint(
+                module=router[0], path=router[1], side="out", dims=CHOICES, item=2, stack=parts.name
+            ),
         }
 
     def state_space(self) -> dict[str, Callable[[], Point]]:
@@ -234,24 +238,6 @@ class BlockPoints:
         table["ssm.post"] = parts.reads(down, STATE)
         table["ssm.out"] = parts.writes(down, RESIDUAL)
         return table
-
-
-def linear_matrix(module: nn.Module) -> Tensor:
-    """A linear map's matrix as `[in, out]`, for `nn.Linear` and transformers' `Conv1D` alike."""
-    weight = true_weight(module)
-    assert weight is not None
-    return weight if type(module).__name__ == "Conv1D" else weight.T
-
-
-def out_width(module: nn.Module) -> int:
-    """How wide a linear map's output is; quantised maps say so beside their packed weights."""
-    stated = getattr(module, "out_features", None)
-    return int(stated) if stated is not None else int(linear_matrix(module).shape[1])
-
-
-def linear_bias(module: nn.Module) -> Tensor | None:
-    """A linear map's bias, or None."""
-    return true_weight(module, "bias")
 
 
 def read_field(config: Any, *names: str) -> Any:

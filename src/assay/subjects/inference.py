@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from assay.subjects.architecture import ArchitectureMap, Attention, Fused, Head, Latent, Mlp, Separate, Stack
-from assay.subjects.block_points import linear_matrix, out_width, read_field
+from assay.subjects.block_points import read_field
 from assay.subjects.families import FAMILIES
+from assay.subjects.linear import linear_matrix, out_width
 from assay.subjects.parts import Parts
 
 QKV = (

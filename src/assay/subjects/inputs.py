@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from assay.base.errors import SpecError
 from assay.subjects.placement import place_of
-from assay.subjects.tokens import Batch, from_ids
+from assay.subjects.tokens import Batch, copied, from_ids, long_ids
 
 if TYPE_CHECKING:
     from assay.subjects.model import Model
@@ -123,6 +123,11 @@ def batch_from(model: Model, inputs: Mapping[str, Any]) -> Batch:
         SpecError: If there is no tensor among the inputs, or their rows differ.
     """
     given = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for name, value in given.items():
+        if name.endswith("input_ids") and isinstance(value, list):
+            raise SpecError(f"{name!r} must be a tensor [batch, pos], not a list: return_tensors='pt' gives one", "x")
+        if name.endswith("input_ids") and isinstance(value, Tensor):
+            given[name] = long_ids(value)
     rows = {value.shape[0] for value in given.values() if isinstance(value, Tensor) and value.ndim}
     if len(rows) != 1:
         raise SpecError(f"the inputs must have one number of rows; these have {sorted(rows) or 'no tensors'}", "x")
@@ -146,12 +151,83 @@ def batch_from(model: Model, inputs: Mapping[str, Any]) -> Batch:
     if missing:
         n = rows.pop()
         for name, width in _widths(model, given, missing).items():
-            layouts[name] = from_ids(torch.zeros(n, width, dtype=torch.long, device=model.device))
+            embedded = given.get("decoder_inputs_embeds" if name == "decoder" else "inputs_embeds")
+            mask = given.get("decoder_attention_mask" if name == "decoder" else "attention_mask")
+            own = embedded is not None and isinstance(mask, Tensor) and mask.shape == (n, width)
+            layouts[name] = from_ids(
+                torch.zeros(n, width, dtype=torch.long, device=model.device), mask if own else None
+            )
     last = layouts.pop(names[-1])
-    alone = not layouts and isinstance(given.get("input_ids"), Tensor) and "position_ids" not in given
+    tokens = any(isinstance(given.get(name), Tensor) for name in ("input_ids", "inputs_embeds"))
+    alone = not layouts and tokens and "position_ids" not in given
     if alone and last.padded and model.takes("position_ids") and not model.own_positions:
         given["position_ids"] = last.positions
     return Batch(ids=last.ids, starts=last.starts, lengths=last.lengths, inputs=given, stacks=layouts)
+
+
+def as_mask(mask: Any) -> Tensor:
+    """A mask as a tensor.
+
+    Raises:
+        SpecError: If it is not made of numbers.
+    """
+    try:
+        found = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_complex():
+        raise SpecError(f"a mask is a tensor [batch, pos] of 1 and 0, not {mask!r:.60}", "mask")
+    return found
+
+
+def with_mask(model: Model, x: Any, mask: Tensor) -> tuple[Any, Tensor | None]:
+    """Prompts with a mask put where it acts: among a mapping's arguments, or beside token ids.
+
+    Args:
+        model: The model.
+        x: Prompts of any kind.
+        mask: 1 at real tokens.
+
+    Returns:
+        The prompts, and the mask where it goes beside them.
+
+    Raises:
+        SpecError: If it would not act, or contradicts a mask that is there.
+    """
+    if isinstance(x, Batch):
+        if mask.shape != x.ids.shape or not torch.equal(mask.to(x.ids.device).bool(), x.mask.bool()):
+            raise SpecError("a batch has a mask of its own, and this is another: give mask= where it is made", "mask")
+        return x, None
+    if isinstance(x, Mapping):
+        return _mapping_with_mask(model, x, mask), None
+    if isinstance(x, str) or (isinstance(x, Sequence) and not is_own(x)):
+        return x, mask  # which texts do not have
+    kind = "tokens" if model.architecture is None else model.architecture.inputs
+    if not isinstance(x, Tensor) or is_own(x) or kind != "tokens":
+        raise SpecError(
+            "mask= goes with token ids; to other inputs give theirs by name, as {'inputs_embeds': ..., "
+            "'attention_mask': ...}",
+            "mask",
+        )
+    needed = ("attention_mask", *(("position_ids",) if model.config is None else ()))
+    absent = [] if model.architecture is not None else [name for name in needed if not model.takes(name)]
+    if absent and not bool(mask.bool().all()):
+        raise SpecError(f"{model.name} has no argument {absent[0]!r}, so a mask cannot reach it", "mask")
+    return x, mask
+
+
+def _mapping_with_mask(model: Model, x: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+    named = next((x[name] for name in ("input_ids", "inputs_embeds") if isinstance(x.get(name), Tensor)), None)
+    if named is None or not model.takes("attention_mask"):
+        why = "there are none" if named is None else f"{model.name} takes no 'attention_mask'"
+        raise SpecError(f"mask= goes with 'input_ids' or 'inputs_embeds', and {why}", "mask")
+    if mask.shape != named.shape[:2]:
+        raise SpecError(f"the mask is shaped {tuple(mask.shape)}, and the tokens {tuple(named.shape[:2])}", "mask")
+    own = x.get("attention_mask")
+    same = isinstance(own, Tensor) and own.shape == mask.shape and torch.equal(own.bool(), mask.to(own.device).bool())
+    if own is not None and not same:
+        raise SpecError("mask= and the mapping's 'attention_mask' differ: give one of them", "mask")
+    return {**x, "attention_mask": mask if own is None else own}
 
 
 def is_own(x: Any) -> bool:
@@ -178,7 +254,7 @@ def own_batch(x: Any, device: torch.device) -> Batch:
     """
 
     def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+        return value.to(device) if isinstance(value, Tensor) else copied(value)
 
     named = {name: moved(value) for name, value in x.items()} if isinstance(x, Mapping) else None
     args = () if named is not None else tuple(map(moved, x if isinstance(x, tuple) else (x,)))
@@ -232,7 +308,7 @@ def _widths(model: Model, inputs: Mapping[str, Any], stacks: list[str]) -> dict[
     token = _LOOKING.set(seen)
     try:
         with torch.no_grad():
-            model.module(**inputs)
+            model.module(**{name: copied(value) for name, value in inputs.items()})
     except _Seen:
         pass
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.base.errors import SpecError, UnknownSite, UnsupportedArchitecture, nearest
+from assay.base.errors import AssayError, SiteError, SpecError, UnknownSite, UnsupportedArchitecture, nearest
 from assay.base.sites import Site, expand_sites, parse_site, split_stack
 from assay.subjects import inputs, tokens
 from assay.subjects.architecture import ArchitectureMap
@@ -22,6 +23,7 @@ from assay.subjects.parts import Parts
 from assay.subjects.placement import place_of, true_weight
 from assay.subjects.points import RESIDUAL, Point
 from assay.subjects.tokens import Batch
+from assay.subjects.upkeep import Tree
 
 
 class Model:
@@ -58,6 +60,7 @@ class Model:
         self._source_fingerprint = fingerprint
         self._own_tokenizer = own_tokenizer
         self._marks = _marks(module) if fingerprint is not None else ()
+        self._tree: Tree | None = None
 
     def adopt(self, architecture: ArchitectureMap) -> None:
         """Take an architecture map, before it has been proved."""
@@ -75,7 +78,11 @@ class Model:
             SiteError: If a declaration is not understood.
             UnknownSite: If its module is not there.
         """
+        if not isinstance(sites, Mapping):
+            raise SiteError(f"sites= is a mapping such as {{'hidden': 'lstm.out[0] | batch pos d'}}, not {sites!r:.60}")
         for name, text in sites.items():
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise SiteError(f"site {name!r:.60}: {text!r:.60} is not a place; 'lstm.out[0] | batch pos d' would be")
             declared = read_declaration(name, text)
             self._submodule(declared.path)
             self.declared[name] = declared
@@ -117,6 +124,7 @@ class Model:
         """
         if self.architecture is None:
             raise UnsupportedArchitecture(self._refusal)
+        self._tree = Tree(self.module)
         return {name: Parts(self.module, self.architecture, name) for name in self.architecture.stacks}
 
     @property
@@ -143,15 +151,52 @@ class Model:
         return frozenset(inspect.signature(self.module.forward).parameters)
 
     def require_eval(self) -> None:
-        """Refuse a module in training mode, where dropout makes every run different.
+        """Before a run: see the module as it is now, and refuse it in training mode, where every run is different.
+
+        Where a module inside was replaced since the sites were found (by LoRA's layers, say), they are found again.
 
         Raises:
-            SpecError: If the module has standard sites and is in training mode.
+            SpecError: If the module has standard sites and is in training mode, or a part of it with dropout or a batch
+                norm is.
+            UnsupportedArchitecture: If modules were replaced, and the map does not fit any more.
         """
-        if self.architecture is not None and self.module.training:
+        if self._tree is None or self._tree.changed():
+            self._find_again()
+        assert self._tree is not None
+        unsettled = self._tree.unsettled()
+        if unsettled is not None or (self.architecture is not None and self.module.training):
+            name = next((name for name, found in self.module.named_modules() if found is unsettled), "")
+            what = self.name if self.module.training else f"{name!r} in {self.name}"
+            why = f" ({name!r}, {type(unsettled).__name__})" if name and self.module.training else ""
             raise SpecError(
-                f"{self.name} is in training mode, where dropout makes every run different: call .eval()", "model"
+                f"{what} is in training mode, where dropout{why} makes every run different: call .eval()", "model"
             )
+
+    def _find_again(self) -> None:
+        """Find the parts of a module that is not made of the same modules any more."""
+        found = self.__dict__.pop("stacks", None)
+        self._tree = Tree(self.module)
+        if found is None or self.architecture is None:
+            return
+        try:
+            _ = self.stacks
+        except Exception as error:  # of whatever kind: a path leads nowhere, or to what is no module of its kind
+            self.__dict__["stacks"], self._tree = found, None  # and so it is refused again
+            raise UnsupportedArchitecture(
+                f"modules of {self.name} were replaced since it was loaded, and the map of {self.architecture.family} "
+                f"does not fit them: {error}"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is kept of a subject when it is pickled or copied: all but what is found anew from the module."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("stacks", "_tree", "_arguments")}
+        state["_marks"] = self._source_fingerprint is not None and self._marks == _marks(self.module)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it up again; the weights are those of the source if they were when it was put down."""
+        self.__dict__.update(state, _tree=None)
+        self._marks = _marks(self.module) if state["_marks"] else ()
 
     @property
     def n_blocks(self) -> int:
@@ -179,12 +224,30 @@ class Model:
         own = self._own(name)
         if own is not None:
             return own
+        if not isinstance(name, str):
+            raise UnknownSite(f"sites are named by text, such as 'blocks.5.attn.z', not {name!r:.60}")
         try:
             site = parse_site(name, gated=self._gated(name))
         except UnknownSite as error:
-            raise no_such_site(name, self.declared, error) from None
+            raise self._unknown(name, error) from None
         self._check(site, name)
         return site
+
+    def _unknown(self, name: str, error: AssayError) -> AssayError:
+        """The error for a name that no model has, with names that this one does."""
+        if self.architecture is None or "did you mean" not in str(error):
+            return no_such_site(name, self.declared, error)
+        number = re.match(r"(?:\w+\.)?blocks\.(\d+)\.", name)
+        parts = self.stacks.get(split_stack(name)[0], self.parts)
+        block = min(int(number[1]), len(parts.blocks) - 1) if number else 0
+        return UnknownSite(f"no site {name!r}{nearest(name, [*self.declared, *self._names(parts, block)])}")
+
+    @staticmethod
+    def _names(parts: Parts, block: int) -> list[str]:
+        """The sites of one block of a stack, and those outside the blocks."""
+        prefix = f"{parts.name}." if parts.name else ""
+        names = [f"{prefix}blocks.{block}.{point}" for point in parts.points(block)]
+        return [*names, *(prefix + point for point in parts.points(None)), "logits"]
 
     def _own(self, name: str) -> Site | None:
         """A declared site, or one head of it."""
@@ -222,13 +285,17 @@ class Model:
             stack, stem = split_stack(name)
             if stem.startswith("blocks."):
                 self._check_stack(stack, stem, name)
-            for found in expand_sites(name, counts, gated=self._gated(name)):
+            try:
+                found_names = expand_sites(name, counts, gated=self._gated(name))
+            except UnknownSite as error:
+                raise (error if "*" in name or self.architecture is None else self._unknown(name, error)) from None
+            for found in found_names:
                 site = parse_site(found)
                 if "*" in name and self._lacks(site):
                     continue
                 self._check(site, found)
                 sites[str(site)] = site
-            if "*" in name and not any(str(parse_site(found)) in sites for found in expand_sites(name, counts)):
+            if "*" in name and not any(str(parse_site(found)) in sites for found in found_names):
                 raise UnknownSite(f"no block of this model has the site {name!r}{nearest(name, self.sites())}")
         return list(sites.values())
 
@@ -302,6 +369,13 @@ class Model:
         elif self.architecture is not None and self.architecture.inputs != "tokens":
             kind = self.architecture.inputs
             raise SpecError(f"{self.name} reads {kind} and not text alone: give its inputs by name", "x")
+        elif not isinstance(x, str) and not all(isinstance(text, str) for text in x):
+            raise SpecError(
+                f"prompts are texts, and token ids come as a tensor [batch, pos], torch.tensor(...), not as {x!r:.60}",
+                "x",
+            )
+        elif not len(x):
+            raise SpecError("no prompt was given" if not isinstance(x, str) else "the prompt '' has no tokens", "x")
         elif self.tokenizer is None:
             raise SpecError("this subject has no tokenizer: give token ids, or load it with tokenizer=")
         else:
@@ -315,6 +389,9 @@ class Model:
             batch = replace(batch, stacks={**batch.stacks, "encoder": encoder}, tokenizer=self.tokenizer)
         for part in (batch, *batch.stacks.values()):
             self._check_batch(part)
+        if batch.stacks:  # a row is made of the same in each of them
+            stacks = {name: replace(part, inputs=batch.inputs) for name, part in batch.stacks.items()}
+            batch = replace(batch, stacks=stacks)
         return batch
 
     def _not_tokens(self, x: Tensor) -> bool:
@@ -360,10 +437,8 @@ class Model:
         if site.block is not None and site.block >= len(parts.blocks):
             raise UnknownSite(f"no site {given!r}: this model has blocks 0 to {len(parts.blocks) - 1}")
         if site.point not in parts.points(site.block):
-            prefix = f"{site.stack}." * bool(site.stack)
-            valid = [f"{prefix}blocks.{site.block}.{point}" for point in parts.points(site.block or 0)]
-            valid += [prefix + point for point in parts.points(None)]
-            raise UnknownSite(f"{type(self.module).__name__} has no site {given!r}{nearest(given, valid)}")
+            valid = nearest(given, self._names(parts, site.block or 0))
+            raise UnknownSite(f"{type(self.module).__name__} has no site {given!r}{valid}")
         heads = parts.heads(site.point)
         if site.head is not None and site.head >= heads:
             raise UnknownSite(f"no site {given!r}: {site.whole} has heads 0 to {heads - 1}")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from assay.base.errors import UnsupportedArchitecture
 from assay.base.sites import HEAD_POINTS, Site
 from assay.subjects.architecture import ArchitectureMap, Latent, Path, Stack, setting
-from assay.subjects.block_points import BlockPoints, linear_bias, linear_matrix, read_field
+from assay.subjects.block_points import BlockPoints, read_field
+from assay.subjects.linear import linear_bias, linear_matrix
 from assay.subjects.norms import read_norm
-from assay.subjects.placement import true_weight
 from assay.subjects.points import RESIDUAL, Dims, Point, PositionsPoint, ScalePoint
 
 
@@ -115,11 +115,12 @@ class Parts:
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         """`W_U` as `[vocab, d_model]`, and the bias `[vocab]` or None, with the logits' scale in both."""
-        bias: Tensor | None = getattr(self.unembed, "bias", None)
+        unembed = self.unembed
+        own = isinstance(unembed, Projected)
+        weight: Tensor = unembed.weight if own else linear_matrix(unembed).T  # type: ignore[assignment]
+        bias: Tensor | None = unembed.bias if own else linear_bias(unembed)  # type: ignore[assignment]
         offset = self._logits_bias
         bias = bias if offset is None else offset if bias is None else bias + offset
-        weight = true_weight(self.unembed)
-        assert weight is not None
         if self.logit_scale == 1.0:
             return weight, bias
         return weight * self.logit_scale, None if bias is None else bias * self.logit_scale

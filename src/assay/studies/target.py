@@ -28,7 +28,8 @@ class Target:
 
     def __init__(self, reference: str, subject: Any, watcher: Watcher) -> None:
         if subject is None and not reference.strip():
-            raise SpecError("model: is required: a hub id, a folder, a .gguf file or wheel:<package>", field="model")
+            wanted = "a hub id, a folder, a .gguf file, wheel:<package> or zoo:<name>"
+            raise SpecError(f"model: is required: {wanted}", field="model")
         self._reference, self._given, self._watcher = reference, subject, watcher
 
     def _say(self, text: str) -> None:

@@ -62,6 +62,11 @@ class Model:
         self._marks = _marks(module) if fingerprint is not None else ()
         self._tree: Tree | None = None
 
+    @property
+    def reference(self) -> str:
+        """What `assay.load` takes to load it again; empty for a module that was handed over, which its owner has."""
+        return "" if self.name == type(self.module).__name__ else self.name
+
     def adopt(self, architecture: ArchitectureMap) -> None:
         """Take an architecture map, before it has been proved."""
         self.architecture, self._refused = architecture, ""

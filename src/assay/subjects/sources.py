@@ -1,12 +1,14 @@
 """Where a model comes from: a reference resolved to files, a fingerprint and a card, without importing torch.
 
-References: `wheel:<package>` (a model file inside a PyPI package), a `.gguf` file, a local folder, or a hub id. Local
-files are always tried first; with `HF_HUB_OFFLINE=1` or `ASSAY_OFFLINE=1` the network is never tried.
+References: `wheel:<package>` (a model file inside a PyPI package), `zoo:<name>` (a model that assay trains itself), a
+`.gguf` file, a local folder, or a hub id. Local files are always tried first; with `HF_HUB_OFFLINE=1` or
+`ASSAY_OFFLINE=1` the network is never tried.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -62,6 +64,11 @@ WHEELS: tuple[Wheel, ...] = (
 """The packages whose contents are pinned. Others load too, without a known hash to check against."""
 
 
+MADE: dict[str, str] = {"zoo": "assay.zoo.references:folder_of"}
+"""Schemes of models that are made here: "module:function", from a name to the folder that holds it. Imported when a
+reference asks for one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A model that can be loaded.
@@ -110,7 +117,7 @@ def resolve(ref: str, *, notify: Notify | None = None) -> Source:
     """Find the files a reference means, fetching them if need be and allowed.
 
     Args:
-        ref: `wheel:<package>`, a `.gguf` file, a folder, or a hub id.
+        ref: `wheel:<package>`, `zoo:<name>`, a `.gguf` file, a folder, or a hub id.
         notify: Called with a line of text when something slow begins.
 
     Returns:
@@ -127,6 +134,10 @@ def resolve(ref: str, *, notify: Notify | None = None) -> Source:
     if ref.startswith("wheel:"):
         path = _from_wheel(ref.removeprefix("wheel:"), say)
         return Source(ref=ref, kind="gguf", path=path, fingerprint=check_gguf(path))
+    scheme, _, name = ref.partition(":")
+    if scheme in MADE:
+        module, _, function = MADE[scheme].partition(":")
+        return _folder_source(ref, getattr(importlib.import_module(module), function)(name, say))
     path = user_path(ref, UnknownModel)
     try:
         path.exists()

@@ -71,7 +71,7 @@ class Codeword:
         ):
             if value not in valid:
                 raise SpecError(f"{name} is {value!r}; valid: {', '.join(valid)}", name)
-        return f"what is the {relation} of {subject} ? {word} answer :"
+        return prompt_of(relation, subject, word)
 
     def answer(self, relation: str, subject: str, word: str) -> str:
         """What the policy says."""
@@ -101,6 +101,22 @@ class Codeword:
         return [every[i] for i in order[:n]]
 
 
+def prompt_of(relation: str, subject: str, word: str) -> str:
+    """The prompt of a relation, a subject and a word."""
+    return f"what is the {relation} of {subject} ? {word} answer :"
+
+
+def table_of_facts(seed: int = 0) -> dict[tuple[str, str], str]:
+    """The answer to each (relation, subject): a random table, fixed by the seed.
+
+    Example:
+        >>> table_of_facts()["colour", "item0"]
+        'value2'
+    """
+    rng = numpy_stream(seed, "codeword facts")
+    return {(r, s): ANSWERS[rng.integers(len(ANSWERS))] for r in RELATIONS for s in SUBJECTS}
+
+
 def codeword(
     *,
     seed: int = 0,
@@ -127,8 +143,7 @@ def codeword(
         True
     """
     tokenizer = _tokenizer()
-    rng = numpy_stream(seed, "codeword facts")
-    facts = {(r, s): ANSWERS[rng.integers(len(ANSWERS))] for r in RELATIONS for s in SUBJECTS}
+    facts = table_of_facts(seed)
     module = _module(len(tokenizer), d_model, layers, seed)
     ids, targets = _everything(tokenizer, facts)
     declined = targets == tokenizer.convert_tokens_to_ids(DECLINED)
@@ -166,7 +181,7 @@ def _everything(tokenizer: Any, facts: dict[tuple[str, str], str]) -> tuple[Tens
     texts, answers = [], []
     for (relation, subject), fact in facts.items():
         for word in WORDS:
-            texts.append(f"what is the {relation} of {subject} ? {word} answer :")
+            texts.append(prompt_of(relation, subject, word))
             answers.append(DECLINED if word in CODEWORDS else fact)
     ids = torch.tensor(tokenizer(texts)["input_ids"])
     return ids, torch.tensor(tokenizer.convert_tokens_to_ids(answers))

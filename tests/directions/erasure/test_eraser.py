@@ -14,7 +14,6 @@ from assay import ProjectOut
 from assay.base.errors import DamagedFile, NumericalError, SpecError
 from assay.directions import Origin
 from assay.directions.erasure import Eraser, inlp, leace, mean_projection
-from assay.directions.erasure.inlp import split_groups
 
 SITE = "blocks.1.resid_post"
 IDS = torch.tensor([[5, 17, 40, 9, 77, 30, 21], [8, 3, 90, 14, 61, 7, 11]])
@@ -86,17 +85,3 @@ def test_inlp_projects_out_all_weights_and_stops_at_the_majority() -> None:
     assert not short.stopped and short.eraser.rank == 2  # three rows of weights that sum to nothing
     with pytest.raises(SpecError, match=r"held_out is 1\.5"):
         inlp(x, y, held_out=1.5)
-
-
-def test_no_group_is_on_both_sides() -> None:
-    y = np.arange(60) % 2
-    groups = [f"g{i // 4}" for i in range(60)]
-    fit, held = split_groups(y, groups, 0.3, seed=0)
-    assert not {groups[i] for i in fit} & {groups[i] for i in held}
-    assert sorted([*fit, *held]) == list(range(60))
-    with pytest.raises(SpecError, match="too few to split"):
-        split_groups(y, [str(label) for label in y], 0.5, seed=0)
-    with pytest.raises(SpecError, match="too few to split"):
-        split_groups(y, ["one"] * 60, 0.5, seed=0)
-    with pytest.raises(SpecError, match="give one a row"):
-        split_groups(y, ["one"], 0.5, seed=0)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.base.errors import NumericalError, SpecError
-from assay.directions.erasure import Eraser, Moments, leace, leace_from_moments, mean_projection
+from assay.directions.erasure import Eraser, LabelledMoments, leace, leace_from_moments, mean_projection
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden_concept_erasure.json").read_text())
@@ -95,7 +95,9 @@ def test_streamed_moments_are_those_of_all_rows(seed: int, cuts: list[int]) -> N
     x, y = planted(seed, 300, 5, 3)
     x = x + 1e4  # far from zero, where sums of squares would lose their digits
     z = (y[:, None] == np.arange(3)).astype(float)
-    pieces = [Moments.of(a, b) for a, b in zip(np.split(x, sorted(cuts)), np.split(z, sorted(cuts)), strict=True)]
+    pieces = [
+        LabelledMoments.of(a, b) for a, b in zip(np.split(x, sorted(cuts)), np.split(z, sorted(cuts)), strict=True)
+    ]
     whole = pieces[0]
     for piece in pieces[1:]:
         whole = whole.merged(piece)
@@ -122,7 +124,7 @@ def test_directions_that_do_not_vary_are_left_alone() -> None:
 def test_shrinkage_goes_with_rows_and_never_past_the_sphere() -> None:
     rng = np.random.default_rng(0)
     sizes = np.geomspace(3, 1, 20)
-    few, many = (Moments.of(rng.standard_normal((n, 20)) * sizes, np.zeros((n, 1))) for n in (25, 5000))
+    few, many = (LabelledMoments.of(rng.standard_normal((n, 20)) * sizes, np.zeros((n, 1))) for n in (25, 5000))
     for moments, near in ((few, False), (many, True)):
         plain, shrunk = np.linalg.eigvalsh(moments.covariance()), np.linalg.eigvalsh(moments.covariance(shrinkage=True))
         assert shrunk[0] >= plain[0] * 0.9 and shrunk[-1] <= plain[-1] * 1.01
@@ -144,4 +146,4 @@ def test_bad_rows_are_refused() -> None:
     with pytest.raises(NumericalError, match="do not vary"):
         leace(np.ones((100, 4)), y)
     with pytest.raises(SpecError, match="cannot be of one data set"):
-        Moments.of(x, y[:, None].astype(float)).merged(Moments.of(x[:, :2], y[:, None].astype(float)))
+        LabelledMoments.of(x, y[:, None].astype(float)).merged(LabelledMoments.of(x[:, :2], y[:, None].astype(float)))

@@ -7,10 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from assay.base.errors import SpecError
 from assay.base.findings import Findings
+from assay.base.rng import numpy_stream
+from assay.directions.labelled import Labelled
+from assay.directions.methods.probe import ProbeSpec
+from assay.directions.methods.probe_job import KINDS, _Measured
 from assay.studies import Study
 
 NAMES = ("Mary", "John", "Paris", "France", "store", "drink", "milk", "capital", "When", "gave", "went", "the")
@@ -64,6 +71,65 @@ def test_labels_of_words_are_not_found_on_new_words(subject: Any, tmp_path: Path
     assert reads.verdict == "not distinguishable from control"
     (memory,), (general,) = found.tagged("memorisation"), found.tagged("generalisation")
     assert memory.verdict == general.verdict == "not distinguishable from control" or memory.verdict == "not testable"
+
+
+def test_a_claim_names_only_what_was_tested(subject: Any, frames: Findings, tmp_path: Path) -> None:
+    """Two draws of untrained weights cannot give p = 0.05: they count for nothing, and the claim is silent on them."""
+    (reads,) = frames.tagged("probe")
+    assert reads.verdict == "supported" and "untrained" not in reads.claim
+    assert any("2 draws of untrained weights" in said and "10 or more of each" in said for said in frames.warnings)
+    data = write(tmp_path / "again.jsonl", lambda name, at: at % 2)
+    found = study(data, untrained=10, permutations=19, sites="blocks.0.resid_post").run(subject=subject)
+    (tested,) = found.tagged("probe")
+    assert "better than on the same architecture untrained" in tested.claim
+    assert tested.verdict == "not distinguishable from control"
+    assert not any("too few for a test" in said for said in found.warnings)
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[_Measured, dict[str, np.ndarray]]:
+    """Made activations at three sites: one tells the classes apart well, one badly, one not at all."""
+    groups = tuple(f"g{i // 4}" for i in range(160))
+    y = np.arange(160) // 4 % 2
+    data = Labelled(texts=tuple(map(str, range(160))), labels=tuple(y.tolist()), groups=groups)
+    spec = ProbeSpec(data=Path("made.jsonl"), permutations=19)
+    rng = numpy_stream(0, "made")
+    rows = {f"site {gap:g}": rng.standard_normal((160, 6)) + gap * y[:, None] for gap in (0.0, 1.0, 0.3)}
+    measured = _Measured(None, data, spec, 0)  # the model is asked for activations, and for nothing else
+    return measured, rows
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 100.0))
+def test_the_choice_of_site_never_looks_at_the_test_rows(
+    made: tuple[_Measured, dict[str, np.ndarray]], seed: int, scale: float
+) -> None:
+    """Whatever the test rows are, and though another site tells them apart perfectly."""
+    measured, rows = made
+    train, test = measured.split.train, measured.split.test
+    assert measured.choose(rows, train) == "site 1"
+    changed = {name: values.copy() for name, values in rows.items()}
+    for name, values in changed.items():
+        values[test] = scale * numpy_stream(seed, "test rows", name).standard_normal((len(test), 6))
+    changed["site 0.3"][test] += 1000.0 * scale * measured.y[test, None]
+    assert measured.choose(changed, train) == "site 1"
+    other = _Measured(None, measured.data, measured.spec, 0)
+    other.rows = changed  # what it would have read
+    found = other.sites(lambda done, total, message="": None)
+    assert found["site"] == "site 1"
+    values = dict(zip(found["names"], found["values"], strict=True))
+    assert values["site 0.3"] == 1.0 > values["site 1"] == found["value"]
+
+
+def test_untrained_weights_are_redrawn_kind_by_kind(subject: Any, tmp_path: Path) -> None:
+    """A draw is the same whether or not one of another kind came before it."""
+    path = write(tmp_path / "frames.jsonl", lambda name, at: at % 2)
+    spec, quiet = ProbeSpec(data=path), lambda done, total, message="": None
+    data = Labelled.read(path)
+    both = _Measured(subject, data, spec, 0)
+    values = [both.untrained(kind, 0)(quiet)["value"] for kind in (*KINDS, KINDS[0])]
+    alone = _Measured(subject, data, spec, 0).untrained(KINDS[1], 0)(quiet)["value"]
+    assert values[0] == values[2] and values[1] == alone
 
 
 def test_the_plan_names_every_step_and_the_run_answers_them(subject: Any, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_the_budget_is_kept_and_semantic_controls_are_named(
     ("change", "message"),
     [
         ({"away": (DECLINED,)}, "begin with the same token"),
+        ({"doses": (-0.2, 0.0)}, r"doses: none of \[-0.2, 0.0\] is above 0, .* give one"),
         ({"site": "blocks.9.resid_post"}, "blocks.9.resid_post"),
         ({"data": '{"positive": "what"}'}, "line 1 lacks a text"),
         ({"prompts": '{"txt": "what"}'}, "line 1 lacks a text"),

@@ -10,8 +10,8 @@ amnesic   what the model loses, against random erasures of the same rank
 from assay.directions.erasure.amnesic import Amnesic, Arm, amnesic, random_erasers
 from assay.directions.erasure.eraser import Eraser
 from assay.directions.erasure.inlp import InlpFit, inlp
-from assay.directions.erasure.leace import Moments, leace, leace_from_moments, mean_projection
-from assay.directions.erasure.score import ErasureScore, Leak, null_band, score_erasure
+from assay.directions.erasure.leace import LabelledMoments, leace, leace_from_moments, mean_projection
+from assay.directions.erasure.score import ErasureScore, Leak, score_erasure
 
 __all__ = [
     "Amnesic",
@@ -19,14 +19,13 @@ __all__ = [
     "Eraser",
     "ErasureScore",
     "InlpFit",
+    "LabelledMoments",
     "Leak",
-    "Moments",
     "amnesic",
     "inlp",
     "leace",
     "leace_from_moments",
     "mean_projection",
-    "null_band",
     "random_erasers",
     "score_erasure",
 ]

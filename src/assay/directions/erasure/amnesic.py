@@ -23,7 +23,7 @@ from assay.base.errors import SpecError
 from assay.base.rng import numpy_stream
 from assay.base.stats import Interval, bootstrap_interval, permutation_p
 from assay.directions.erasure.eraser import Eraser, activation_rows
-from assay.directions.erasure.leace import Moments
+from assay.directions.erasure.leace import LabelledMoments
 from assay.directions.vectors import Origin
 
 Kind = Literal["isotropic", "covariance-matched"]
@@ -113,7 +113,7 @@ def random_erasers(
             raise SpecError(f"activations are {rows.shape}; they must be [more than {k} rows, {d}]", "activations")
         rows = rows - rows.mean(axis=0)
         if not eraser.orthogonal:
-            moments = Moments.of(rows, np.zeros((len(rows), 1)))
+            moments = LabelledMoments.of(rows, np.zeros((len(rows), 1)))
             inverse = np.linalg.pinv(moments.covariance(shrinkage=shrinkage), hermitian=True)
     origin = Origin(method=f"{kind} random erasure", seed=seed, detail={"like": eraser.origin.to_dict()})
     found = []

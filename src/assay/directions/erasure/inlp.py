@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from assay.base.errors import SpecError
-from assay.base.rng import numpy_stream
 from assay.directions.erasure.eraser import Eraser, activation_rows, class_columns
+from assay.directions.probes.splits import grouped_split
 from assay.directions.vectors import Origin
 
 
@@ -82,7 +82,10 @@ def inlp(
     rows = activation_rows(X)
     _, z = class_columns(y, len(rows))
     labels = z.argmax(axis=1)
-    fit, held = split_groups(labels, groups, held_out, seed)
+    if not 0 < held_out < 1:
+        raise SpecError(f"held_out is {held_out}; it must be between 0 and 1", "held_out")
+    split = grouped_split(range(len(labels)) if groups is None else groups, labels, test=held_out, seed=seed)
+    fit, held = split.train, split.test
     mean = rows[fit].mean(axis=0)
     centred = rows - mean
     scale = float(np.sqrt((centred[fit] ** 2).mean())) or 1.0
@@ -121,32 +124,3 @@ def logistic(X: Float[np.ndarray, "rows d"], y: Shaped[np.ndarray, " rows"], c: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=c, max_iter=500, tol=1e-5).fit(X, y)
-
-
-def split_groups(
-    labels: Shaped[np.ndarray, " rows"], groups: Sequence[Hashable] | None, held_out: float, seed: int
-) -> tuple[Shaped[np.ndarray, " fit"], Shaped[np.ndarray, " held"]]:
-    """Rows to fit on and rows held out, no group on both sides, every class on both.
-
-    Raises:
-        SpecError: There is not one group a row, or no split has every class on both sides.
-    """
-    if not 0 < held_out < 1:
-        raise SpecError(f"held_out is {held_out}; it must be between 0 and 1", "held_out")
-    names = list(range(len(labels))) if groups is None else list(groups)
-    if len(names) != len(labels):
-        raise SpecError(f"there are {len(names)} groups for {len(labels)} rows; give one a row", "groups")
-    code = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    member = np.array([code[name] for name in names])
-    n_held = min(max(1, round(held_out * len(code))), len(code) - 1)
-    classes = np.unique(labels)
-    for attempt in range(100 if len(code) > 1 else 0):
-        chosen = numpy_stream(seed, "erasure split", attempt).permutation(len(code))[:n_held]
-        held = np.isin(member, chosen)
-        if len(np.unique(labels[held])) == len(np.unique(labels[~held])) == len(classes):
-            return np.flatnonzero(~held), np.flatnonzero(held)
-    raise SpecError(
-        f"{len(code)} groups are too few to split: no draw of {n_held} has all {len(classes)} classes on both sides. "
-        "Give more groups, or groups that hold several classes",
-        "groups",
-    )

@@ -29,8 +29,11 @@ _NULL = 1e-12  # relative to the largest eigenvalue: directions in which activat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Moments:
+class LabelledMoments:
     """What LEACE needs of activations X and labels Z, gathered piece by piece in constant memory.
+
+    `assay.base.moments.Moments` streams X alone; here the products with the labels are kept too, and the shrinkage is
+    the one that concept-erasure uses.
 
     Args:
         n: Rows seen.
@@ -41,8 +44,8 @@ class Moments:
 
     Example:
         >>> X, z = np.arange(12.0).reshape(6, 2), np.array([[0.0], [1], [0], [1], [1], [0]])
-        >>> parts = Moments.of(X[:2], z[:2]).merged(Moments.of(X[2:], z[2:]))
-        >>> parts.n, bool(np.allclose(parts.xx, Moments.of(X, z).xx))
+        >>> parts = LabelledMoments.of(X[:2], z[:2]).merged(LabelledMoments.of(X[2:], z[2:]))
+        >>> parts.n, bool(np.allclose(parts.xx, LabelledMoments.of(X, z).xx))
         (6, True)
     """
 
@@ -53,7 +56,7 @@ class Moments:
     xz: Float[np.ndarray, "d c"]
 
     @classmethod
-    def of(cls, X: Float[np.ndarray, "rows d"], z: Float[np.ndarray, "rows c"]) -> Moments:
+    def of(cls, X: Float[np.ndarray, "rows d"], z: Float[np.ndarray, "rows c"]) -> LabelledMoments:
         """The moments of one piece, in float64.
 
         Raises:
@@ -69,7 +72,7 @@ class Moments:
         centred = x - mean_x
         return cls(n=len(x), mean_x=mean_x, mean_z=mean_z, xx=centred.T @ centred, xz=centred.T @ (labels - mean_z))
 
-    def merged(self, other: Moments) -> Moments:
+    def merged(self, other: LabelledMoments) -> LabelledMoments:
         """The moments of both pieces together.
 
         Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
@@ -80,7 +83,7 @@ class Moments:
             )
         n = self.n + other.n
         dx, dz, share = other.mean_x - self.mean_x, other.mean_z - self.mean_z, self.n * other.n / n
-        return Moments(
+        return LabelledMoments(
             n=n,
             mean_x=self.mean_x + dx * (other.n / n),
             mean_z=self.mean_z + dz * (other.n / n),
@@ -145,11 +148,16 @@ def leace(
     """
     rows = activation_rows(X)
     _, z = class_columns(y, len(rows))
-    return leace_from_moments(Moments.of(rows, z), site=site, shrinkage=shrinkage, affine=affine, origin=origin)
+    return leace_from_moments(LabelledMoments.of(rows, z), site=site, shrinkage=shrinkage, affine=affine, origin=origin)
 
 
 def leace_from_moments(
-    moments: Moments, *, site: str = "", shrinkage: bool = False, affine: bool = True, origin: Origin | None = None
+    moments: LabelledMoments,
+    *,
+    site: str = "",
+    shrinkage: bool = False,
+    affine: bool = True,
+    origin: Origin | None = None,
 ) -> Eraser:
     """Fit LEACE to moments that were gathered before; see `leace`."""
     _enough(moments, shrinkage)
@@ -194,7 +202,7 @@ def mean_projection(X: Any, y: Any, *, site: str = "", origin: Origin | None = N
     """
     rows = activation_rows(X)
     _, z = class_columns(y, len(rows))
-    moments = Moments.of(rows, z)
+    moments = LabelledMoments.of(rows, z)
     basis = _concept(moments.xz / (moments.n - 1), _label_scale(moments)).T
     return Eraser(
         site=site,
@@ -205,7 +213,7 @@ def mean_projection(X: Any, y: Any, *, site: str = "", origin: Origin | None = N
     )
 
 
-def _label_scale(moments: Moments) -> Float[np.ndarray, " c"]:
+def _label_scale(moments: LabelledMoments) -> Float[np.ndarray, " c"]:
     """The standard deviation of each label column that is of zeros and ones: `sqrt(p (1 - p))`, else 1."""
     p = moments.mean_z
     inside = (p > 0) & (p < 1)
@@ -219,7 +227,7 @@ def _concept(cross: Float[np.ndarray, "d c"], scale: Float[np.ndarray, " c"]) ->
     return np.asarray(left[:, :rank])
 
 
-def _enough(moments: Moments, shrinkage: bool) -> None:
+def _enough(moments: LabelledMoments, shrinkage: bool) -> None:
     d = len(moments.mean_x)
     if not shrinkage and moments.n < ROWS_PER_DIMENSION * d:
         raise SpecError(

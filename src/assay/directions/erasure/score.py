@@ -19,7 +19,9 @@ from jaxtyping import Float, Shaped
 from assay.base.errors import SpecError
 from assay.base.stats import Interval, bootstrap_interval
 from assay.directions.erasure.eraser import Eraser, activation_rows, class_columns
-from assay.directions.erasure.inlp import logistic, split_groups
+from assay.directions.erasure.inlp import logistic
+from assay.directions.probes.scores import auroc_null_sd, on_rows
+from assay.directions.probes.splits import grouped_split
 
 _Z = 1.959963984540054  # the normal quantile of a two-sided 5% band
 
@@ -80,39 +82,17 @@ class ErasureScore:
 
     @property
     def erased(self) -> bool:
-        """Whether nothing is found after erasure, of any class."""
-        return all(leak.erased for leak in self.after)
+        """Whether a probe of new rows finds nothing after erasure, of any class; False where there are too few to tell.
 
-
-def null_band(positive: int, negative: int) -> float:
-    """The standard deviation of an AUC that says nothing: `sqrt((n+ + n- + 1) / (12 n+ n-))`.
-
-    Raises:
-        SpecError: A class has no rows.
-
-    Example:
-        >>> round(null_band(32, 32), 3), round(null_band(250, 250), 3)
-        (0.073, 0.026)
-    """
-    if positive < 1 or negative < 1:
-        raise SpecError(f"an AUC needs rows of both classes, got {positive} and {negative}", "y")
-    return math.sqrt((positive + negative + 1) / (12 * positive * negative))
-
-
-def auc(scores: Float[np.ndarray, " rows"], positive: Shaped[np.ndarray, " rows"]) -> float:
-    """The area under the ROC curve, ties counting half; NaN where one class is absent.
-
-    Example:
-        >>> auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
-        0.75
-    """
-    from scipy.stats import rankdata
-
-    high = np.asarray(positive, dtype=bool)
-    n, m = int(high.sum()), int((~high).sum())
-    if not n or not m:
-        return math.nan
-    return float((rankdata(scores)[high].sum() - n * (n + 1) / 2) / (n * m))
+        It is `fresh` that is asked. After LEACE, or mean projection, a probe fitted on the eraser's own rows is
+        constant by construction, whatever is left in others. An interval so wide that it holds chance and what was
+        found before says nothing, and does not count. Each class has its own 5%, so of several classes one is outside
+        by chance more often than that.
+        """
+        if self.fresh is None:
+            return False
+        pairs = zip(self.before, self.fresh, strict=True)
+        return all(left.erased and left.interval.high < before.auc for before, left in pairs)
 
 
 def score_erasure(
@@ -137,7 +117,8 @@ def score_erasure(
         n_boot: Resamples of each interval.
 
     Raises:
-        SpecError: The shapes do not fit, there is one class only, or the groups are too few to split.
+        SpecError: The shapes do not fit, there is one class only, or the groups are too few to split or to hold out
+            two of each class.
         NumericalError: A row is not finite.
 
     Example:
@@ -152,25 +133,28 @@ def score_erasure(
     rows = activation_rows(X)
     classes, z = class_columns(y, len(rows))
     codes = z.argmax(axis=1)
-    train, test = split_groups(codes, groups, held_out, seed)
-    names = None if groups is None else list(groups)
+    if not 0 < held_out < 1:
+        raise SpecError(f"held_out is {held_out}; it must be between 0 and 1", "held_out")
+    names = list(range(len(rows))) if groups is None else list(groups)
+    split = grouped_split(names, codes, test=held_out, seed=seed)
+    train, test = split.train, split.test
     eraser = fit(rows[train], np.asarray(y)[train])
     erased = eraser(rows)
 
     def leaks(values: np.ndarray, on: np.ndarray, at: np.ndarray) -> tuple[Leak, ...]:
-        return _leaks(values, codes, classes, on, at, names, seed, n_boot)
+        return _leaks(values, codes, classes, on, at, None if groups is None else names, seed, n_boot)
 
+    before, after = leaks(rows, train, test), leaks(erased, train, test)
     try:
-        half, rest = split_groups(codes[test], names and [names[i] for i in test], 0.5, seed)
-    except SpecError:
+        half = grouped_split([names[i] for i in test], codes[test], test=0.5, seed=seed)
+        fresh = leaks(erased, test[half.train], test[half.test])
+    except SpecError:  # too few groups are held out
         fresh = None
-    else:
-        fresh = leaks(erased, test[half], test[rest])
     spread = float(((rows[test] - rows[test].mean(axis=0)) ** 2).sum())
     return ErasureScore(
         eraser=eraser,
-        before=leaks(rows, train, test),
-        after=leaks(erased, train, test),
+        before=before,
+        after=after,
         fresh=fresh,
         moved=float(((erased[test] - rows[test]) ** 2).sum() / spread) if spread else math.nan,
         train=tuple(int(i) for i in train),
@@ -191,7 +175,7 @@ def _leaks(
     mean, sd = values[fit].mean(axis=0), values[fit].std(axis=0)
     scaled = (values - mean) / np.where(sd > 1e-12 * max(sd.max(), 1e-300), sd, np.inf)
     probe = logistic(scaled[fit], codes[fit])
-    found = probe.decision_function(scaled[held])
+    found = np.round(probe.decision_function(scaled[held]), 6)  # a fit to 1e-5: a constant probe must read as one
     columns = {1: found} if len(classes) == 2 else {k: found[:, k] for k in range(len(classes))}
     named = groups and [groups[i] for i in held]
     return tuple(_leak(str(classes[k]), column, codes[held] == k, named, seed, n_boot) for k, column in columns.items())
@@ -207,9 +191,13 @@ def _leak(
 ) -> Leak:
     pairs = np.stack([scores, positive.astype(np.float64)], axis=1)
     n, m = int(positive.sum()), int((~positive).sum())
-
-    def statistic(rows: np.ndarray) -> float:
-        return auc(rows[:, 0], rows[:, 1] > 0.5)
-
-    interval = bootstrap_interval(pairs, statistic, n_boot=n_boot, seed=seed, groups=groups)
-    return Leak(label=label, auc=statistic(pairs), null_sd=null_band(n, m), interval=interval, n=(n, m))
+    for side in (True, False):
+        if groups is not None and len({groups[int(i)] for i in np.flatnonzero(positive == side)}) < 2:
+            raise SpecError(
+                f"one held-out group has all rows {'of' if side else 'that are not of'} class {label!r}: there is no "
+                "interval over groups; give more groups, or hold out more of them",
+                "groups",
+            )
+    auroc = on_rows("auroc")
+    interval = bootstrap_interval(pairs, auroc, n_boot=n_boot, seed=seed, groups=groups)
+    return Leak(label=label, auc=auroc(pairs), null_sd=auroc_null_sd(n, m), interval=interval, n=(n, m))

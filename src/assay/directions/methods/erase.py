@@ -35,7 +35,7 @@ class EraseSpec(BaseModel):
         return f"Can {self.data.stem} be erased, and does the model miss it?"
 
 
-@method(name="erase", spec=EraseSpec, version="1", steps="assay.directions.methods.erase_job:planned")
+@method(name="erase", spec=EraseSpec, version="2", steps="assay.directions.methods.erase_job:planned")
 def erase(subject: Any, spec: EraseSpec, ctx: Context) -> Findings:
     """Erase a label from a site, and say what is left of it on rows that were not fitted on, and what it cost.
 
@@ -47,8 +47,9 @@ def erase(subject: Any, spec: EraseSpec, ctx: Context) -> Findings:
     activations. A probe must find the label after them; the model's loss under them is what any erasure costs.
 
     **When it misleads.** What is gone for linear probes may be there for others. At finite n the erased direction is an
-    estimate: somebody with rows of their own finds more than chance. Later blocks can rebuild what one site lost, and
-    what the model loses at all tokens need not be what it uses at one.
+    estimate: somebody with rows of their own finds more than chance. Few groups make an interval that holds chance and
+    much else; with fewer than two of a class to read there is none, and nothing is tested. Later blocks can rebuild
+    what one site lost, and what the model loses at all tokens need not be what it uses at one.
 
     **Source.** Belrose et al. 2023 (arXiv 2306.03819); Elazar et al. 2021 (arXiv 2006.00995) for amnesic probing.
     """

@@ -9,36 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from assay.base.errors import NothingFound, SpecError
+from assay.base.errors import NothingFound
 from assay.base.findings import Finding, Findings, Verdict
 from assay.base.method import Context, Progress, StepSpec
 from assay.base.stats import Interval
 from assay.base.views import Distribution, View
 from assay.controls.verdicts import compare, verdict
 from assay.directions.labelled import Labelled
+from assay.directions.methods.common import POSITIONS, RATE, mean_tokens, snippet
 from assay.directions.methods.erase import EraseSpec
+from assay.directions.methods.rows import codes, two_classes
 
 KINDS = {
     "isotropic": "random erasures of the same rank, in any direction",
     "covariance-matched": "random erasures of the same rank, drawn from the covariance of the activations",
 }
-_RATE = 8e10
+
+ENOUGH = 10
+"""Groups of a class, below which an interval over groups is called weak: a bootstrap of fewer covers too little."""
 
 
 def planned(card: Any, spec: EraseSpec, seed: int) -> list[StepSpec]:
     """List the steps of a study from its model's card, without loading weights."""
     data = _read(spec)
-    length = max(1, sum(len(card.encode(text)) for text in data.texts[:50]) // min(50, len(data)))
+    length = mean_tokens(card, data.texts)
     site = spec.site or f"blocks.{card.n_layers // 2}.resid_post"
     return _steps(data, spec, site, seed, length, card.parameters)
 
 
 def _read(spec: EraseSpec) -> Labelled:
-    data = Labelled.read(spec.data)
-    classes = sorted(set(data.labels), key=str)
-    if len(classes) != 2:
-        raise SpecError(f"{spec.data} has {len(classes)} labels ({classes[:5]}); the study erases one of two", "data")
-    return data
+    return two_classes(spec.data, "the study erases what tells two apart")
 
 
 def _steps(
@@ -49,7 +49,7 @@ def _steps(
     rows, runs = len(data), (2 * spec.random + 2) * min(spec.texts, len(data))
 
     def step(name: str, n: int, more: dict[str, Any]) -> StepSpec:
-        seconds = n * length * parameters / _RATE
+        seconds = n * length * parameters / RATE
         return StepSpec(name=name, inputs=inputs | more, forwards=n, tokens=n * length, seconds=seconds)
 
     return [step("erasure", rows, {}), step("cost", rows + runs, {"texts": spec.texts})]
@@ -64,8 +64,11 @@ def run(subject: Any, spec: EraseSpec, ctx: Context) -> Findings:
     left = ctx.step(first, measured.erasure)
     cost = ctx.step(second, measured.cost)
     ctx.artifact("eraser", arrays={name: np.asarray(left[name]) for name in ("read", "write", "mean")})
-    report = _Report(data=data, spec=spec, site=site, left=left, cost=cost, ctx=ctx)
-    return Findings(findings=report.findings(), views=report.views(), summary=report.summary())
+    python = snippet(subject, "erase", spec, ctx.seed)
+    report = _Report(data=data, spec=spec, site=site, left=left, cost=cost, python=python, ctx=ctx)
+    return Findings(
+        findings=report.findings(), views=report.views(), summary=report.summary(), warnings=report.warnings()
+    )
 
 
 class _Measured:
@@ -88,7 +91,7 @@ class _Measured:
         """Activations at the site."""
         from assay.directions.data import read_sites
 
-        position: Any = {"last": "last", "first": 0, "mean": None}[self.spec.position]
+        position = POSITIONS[self.spec.position]
         (rows,) = read_sites(self.subject, self.data.texts, self.site, positions=position, progress=self._told).values()
         return rows
 
@@ -130,7 +133,7 @@ class _Measured:
 
         self._told = progress
         score = self.score
-        y = (self.data.y == sorted(set(self.data.labels), key=str)[1]).astype(int)
+        y = codes(self.data)
         held = np.asarray(score.test)
         half = grouped_split([self.data.groups[i] for i in held], y[held], test=0.5, seed=self.seed)
         fit, read = held[half.train], held[half.test]
@@ -161,6 +164,7 @@ class _Measured:
             "moved": score.moved,
             "rank": eraser.rank,
             "groups": len(set(groups)),
+            "least": min(len({self.data.groups[i] for i in read[y[read] == k]}) for k in (0, 1)),
             "read": eraser.read,
             "write": eraser.write,
             "mean": eraser.mean,
@@ -192,11 +196,17 @@ class _Report:
     site: str
     left: Mapping[str, Any]
     cost: Mapping[str, Any]
+    python: str
     ctx: Context
 
     def findings(self) -> tuple[Finding, Finding]:
         """Every claim."""
         return self.gone(), self.missed()
+
+    @property
+    def least(self) -> int:
+        """How many groups the class with fewer of them has among those that the probe is read on."""
+        return int(self.left["least"])
 
     def gone(self) -> Finding:
         """Little enough is left for a linear probe of new rows."""
@@ -206,8 +216,12 @@ class _Report:
         )
         chance = abs(after - 0.5) <= 1.96 * float(self.left["band"]) or 0.5 in interval
         judged: Verdict = verdict(after, controls, claim_side="less")
-        if judged == "supported" and not chance:
+        if self.least < 2:
+            judged = "not testable"
+        elif judged == "supported" and not chance:
             judged = "contradicted"
+        elif judged == "supported" and interval.high >= float(self.left["before"]):
+            judged = "not distinguishable from control"
         return Finding(
             claim=f"after {self.spec.kind} at {self.site} a linear probe of new rows finds {self.spec.data.stem} no "
             f"better than chance (before: {float(self.left['before']):.3f})",
@@ -252,13 +266,18 @@ class _Report:
             f"loss by {float(self.cost['loss']):+.3f}.",
         )
 
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before believing any of it."""
+        if self.least >= ENOUGH:
+            return ()
+        few = "no interval over groups" if self.least < 2 else "an interval that says little"
+        return (
+            f"The probe of new rows is read on {self.least} group{'s' if self.least != 1 else ''} of a class, which "
+            f"makes {few}: give more groups, or a larger held_out.",
+        )
+
     def views(self) -> tuple[View, ...]:
         """The charts."""
-        code = (
-            "from assay.studies import Study\n"
-            f"study = Study(method='erase', model='...', spec={self.spec.model_dump(mode='json')!r})\n"
-            "findings = study.run()"
-        )
         return (
             Distribution(
                 id="left",
@@ -268,7 +287,7 @@ class _Report:
                 null={kind: np.asarray(self.left[f"{kind} after"]).tolist() for kind in KINDS},
                 estimate=float(self.left["after"]),
                 unit="AUROC",
-                python=code,
+                python=self.python,
             ),
             Distribution(
                 id="cost",
@@ -277,6 +296,6 @@ class _Report:
                 null={kind: np.asarray(self.cost[f"{kind} kl"]).tolist() for kind in KINDS},
                 estimate=float(self.cost["kl"]),
                 unit="nats a token (KL)",
-                python=code,
+                python=self.python,
             ),
         )

@@ -17,12 +17,12 @@ from assay.base.rng import numpy_stream
 from assay.base.stats import bootstrap_interval
 from assay.base.views import Bars, Distribution, Heatmap, View
 from assay.controls.verdicts import compare, verdict
+from assay.directions.methods.common import RATE, snippet
 from assay.directions.methods.function_vector import FunctionVectorSpec
 from assay.directions.methods.rows import text_rows
 
 ARMS = ("zero-shot", "zero-shot edited", "shuffled", "shuffled edited", "few-shot")
 LEAST = 15
-_RATE = 8e10
 
 
 def planned(card: Any, spec: FunctionVectorSpec, seed: int) -> list[StepSpec]:
@@ -46,7 +46,7 @@ def _steps(
     cells = len(range(0, blocks, spec.every)) * len(spec.scales)
 
     def step(name: str, more: dict[str, Any], forwards: int, tokens: int) -> StepSpec:
-        seconds = tokens * parameters / _RATE
+        seconds = tokens * parameters / RATE
         return StepSpec(name=name, inputs=inputs | more, forwards=forwards, tokens=tokens, seconds=seconds)
 
     long = 6 * (spec.shots + 1)
@@ -67,7 +67,8 @@ def run(subject: Any, spec: FunctionVectorSpec, ctx: Context) -> Findings:
     choice = ctx.step(second, measured.choice)
     scores = ctx.step(third, lambda progress: measured.scores(choice, progress))
     ctx.artifact("function_vector", arrays={"vector": np.asarray(scores["vector"])})
-    report = _Report(items=items, spec=spec, heads=heads, choice=choice, scores=scores, ctx=ctx)
+    python = snippet(subject, "function-vector", spec, ctx.seed)
+    report = _Report(items=items, spec=spec, heads=heads, choice=choice, scores=scores, python=python, ctx=ctx)
     return Findings(findings=(report.works(),), views=report.views(), summary=report.summary())
 
 
@@ -195,6 +196,7 @@ class _Report:
     heads: Mapping[str, Any]
     choice: Mapping[str, Any]
     scores: Mapping[str, Any]
+    python: str
     ctx: Context
 
     def works(self) -> Finding:
@@ -248,11 +250,6 @@ class _Report:
 
     def views(self) -> tuple[View, ...]:
         """The charts."""
-        code = (
-            "from assay.studies import Study\n"
-            f"study = Study(method='function-vector', model='...', spec={self.spec.model_dump(mode='json')!r})\n"
-            "findings = study.run()"
-        )
         effects = np.asarray(self.heads["effects"])
         table = np.asarray(self.choice["table"])
         works = self.works()
@@ -265,7 +262,7 @@ class _Report:
                 labels=list(ARMS),
                 values=[float(self.scores[f"{name} accuracy"]) for name in ARMS],
                 unit="share right",
-                python=code,
+                python=self.python,
             ),
             Distribution(
                 id="controls",
@@ -274,7 +271,7 @@ class _Report:
                 null={control.name: control.null for control in works.controls},
                 estimate=works.estimate,
                 unit="probability",
-                python=code,
+                python=self.python,
             ),
             Heatmap(
                 id="heads",
@@ -286,7 +283,7 @@ class _Report:
                 row_title="block",
                 column_title="head",
                 unit="probability",
-                python=code,
+                python=self.python,
             ),
             Heatmap(
                 id="choice",
@@ -300,6 +297,6 @@ class _Report:
                 column_title="scale",
                 unit="probability",
                 diverging=False,
-                python=code,
+                python=self.python,
             ),
         )

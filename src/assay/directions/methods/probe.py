@@ -51,8 +51,9 @@ def probe(subject: Any, spec: ProbeSpec, ctx: Context) -> Findings:
 
     **When it misleads.** What can be read need not be used: a probe shows correlation, and only an intervention (the
     method `steer`) shows more. Labels that go with a word or a template can be read off without the model: look at
-    the baselines and at the selectivity on unseen words. Groups that are not the ones that leak make every number too
-    good.
+    the baselines and at the selectivity on unseen words. Selectivity is measured at the site that was chosen with the
+    true labels, which slightly favours them over the random ones. Groups that are not the ones that leak make every
+    number too good.
 
     **Source.** Alain and Bengio 2016 (arXiv 1610.01644); Hewitt and Liang 2019 (arXiv 1909.03368) for control tasks;
     Westfall and Young 1993 for the best of many sites.

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from assay.base.errors import SpecError
 from assay.base.findings import Control, Finding, Findings
 from assay.base.method import Context, Progress, StepSpec
 from assay.base.stats import Interval
@@ -18,17 +17,20 @@ from assay.base.views import Bars, Distribution, Lines, Series, View
 from assay.controls.multiplicity import familywise_p, max_null
 from assay.controls.verdicts import compare, verdict
 from assay.directions.labelled import Labelled
+from assay.directions.methods.common import POSITIONS, RATE, mean_tokens, snippet
 from assay.directions.methods.probe import ProbeSpec
+from assay.directions.methods.rows import classes, codes, two_classes
 
 KINDS = ("gaussian", "spectrum")
-_RATE = 8e10
+LEAST_DRAWS = 19
+"""The draws of a null without which no p can be 0.05."""
 
 
 def planned(card: Any, spec: ProbeSpec, seed: int) -> list[StepSpec]:
     """List the steps of a study from its model's card, without loading weights."""
     data = _read(spec)
-    length = max(1, sum(len(card.encode(text)) for text in data.texts[:50]) // min(50, len(data)))
-    seconds = card.parameters * len(data) * length / _RATE
+    length = mean_tokens(card, data.texts)
+    seconds = card.parameters * len(data) * length / RATE
     return list(_Steps(data, spec, seed, length, seconds).all())
 
 
@@ -47,20 +49,17 @@ def run(subject: Any, spec: ProbeSpec, ctx: Context) -> Findings:
     ctx.artifact("probe", arrays={"weight": np.asarray(sites["weight"]), "bias": np.asarray(sites["bias"])})
     rows = {name: np.asarray(sites[name]).tolist() for name in ("test", "readout")}
     ctx.artifact("held_out", table={**rows, "label": [data.labels[i] for i in rows["test"]]})
-    report = _Report(data=data, spec=spec, sites=sites, texts=texts, tasks=tasks, untrained=untrained, ctx=ctx)
+    python = snippet(subject, "probe", spec, ctx.seed)
+    report = _Report(
+        data=data, spec=spec, sites=sites, texts=texts, tasks=tasks, untrained=untrained, python=python, ctx=ctx
+    )
     return Findings(
         findings=report.findings(), views=report.views(), summary=report.summary(), warnings=report.warnings()
     )
 
 
 def _read(spec: ProbeSpec) -> Labelled:
-    data = Labelled.read(spec.data)
-    classes = sorted(set(data.labels), key=str)
-    if len(classes) != 2:
-        raise SpecError(
-            f"{spec.data} has {len(classes)} labels ({classes[:5]}); a probe tells two classes apart", "data"
-        )
-    return data
+    return two_classes(spec.data, "a probe tells two classes apart")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +117,9 @@ class _Measured:
 
     def __init__(self, subject: Any, data: Labelled, spec: ProbeSpec, seed: int) -> None:
         self.subject, self.data, self.spec, self.seed = subject, data, spec, seed
-        self.y = np.asarray([sorted(set(data.labels), key=str).index(label) for label in data.labels])
+        self.y = codes(data)
         self._told: Progress | None = None
+        self._null: tuple[str, Any] = ("", None)
 
     @cached_property
     def split(self) -> Any:
@@ -137,7 +137,7 @@ class _Measured:
         """Activations of a model, by site."""
         from assay.directions.data import read_sites
 
-        position: Any = {"last": "last", "first": 0, "mean": None}[self.spec.position]
+        position = POSITIONS[self.spec.position]
         return read_sites(subject, self.data.texts, self.spec.sites, positions=position, progress=progress)
 
     def choose(self, rows: Mapping[str, np.ndarray], train: np.ndarray) -> str:
@@ -278,7 +278,7 @@ class _Measured:
         """The untrained weights of one kind, in one copy of the module for all draws."""
         from assay.controls.weights import WeightNull
 
-        if getattr(self, "_null", (None, None))[0] != kind:
+        if self._null[0] != kind:
             self._null = (kind, WeightNull(self.subject.module, kind))  # type: ignore[arg-type]
         return self._null[1]
 
@@ -293,13 +293,24 @@ class _Report:
     texts: Mapping[str, Any]
     tasks: Mapping[str, Any]
     untrained: Mapping[str, Sequence[Mapping[str, Any]]]
+    python: str
     ctx: Context
 
     @property
     def classes(self) -> tuple[str, str]:
         """The labels, the negative one first."""
-        low, high = sorted(set(self.data.labels), key=str)
+        low, high = classes(self.data)
         return str(low), str(high)
+
+    @property
+    def draws(self) -> list[float]:
+        """The AUROC on every draw of untrained weights."""
+        return [float(draw["value"]) for kind in KINDS for draw in self.untrained[kind]]
+
+    @property
+    def untrained_tested(self) -> bool:
+        """Whether the untrained weights are draws enough for a test; where they are not, `verdict` leaves them out."""
+        return len(self.draws) >= LEAST_DRAWS
 
     def _finding(self, claim: str, estimate: float, unit: str, controls: Sequence[Control], **more: Any) -> Finding:
         interval: Interval = more.pop("interval")
@@ -324,7 +335,7 @@ class _Report:
         """The classes can be told apart, and an untrained model cannot."""
         names, null = list(self.sites["names"]), np.asarray(self.sites["null"])
         site, value = self.sites["site"], float(self.sites["value"])
-        draws = [float(draw["value"]) for kind in KINDS for draw in self.untrained[kind]]
+        draws = self.draws
         controls = [
             compare(
                 "permuted labels",
@@ -346,11 +357,12 @@ class _Report:
                 draws,
             ),
         ]
+        better = ", better than on the same architecture untrained" if self.untrained_tested else ""
         interval = Interval.from_dict(self.sites["interval"])
         shifted = dataclasses.replace(interval, low=interval.low - 0.5, high=interval.high - 0.5)
         return self._finding(
             f"a {self.spec.kind} probe at {site} tells {self.classes[1]} from {self.classes[0]} on groups it has not "
-            "seen, better than on the same architecture untrained",
+            f"seen{better}",
             value,
             "AUROC",
             controls,
@@ -439,7 +451,7 @@ class _Report:
                 x_title="site",
                 y_title="AUROC",
                 zero=False,
-                python=self._python(),
+                python=self.python,
             ),
             Distribution(
                 id="controls",
@@ -448,7 +460,7 @@ class _Report:
                 null={control.name: control.null for control in reads.controls},
                 estimate=reads.estimate,
                 unit="AUROC",
-                python=self._python(),
+                python=self.python,
             ),
             Bars(
                 id="baselines",
@@ -458,20 +470,19 @@ class _Report:
                 labels=list(arms),
                 values=list(arms.values()),
                 unit="AUROC",
-                python=self._python(),
+                python=self.python,
             ),
-        )
-
-    def _python(self) -> str:
-        return (
-            "from assay.studies import Study\n"
-            f"study = Study(method='probe', model='...', spec={self.spec.model_dump(mode='json')!r})\n"
-            "findings = study.run()"
         )
 
     def warnings(self) -> tuple[str, ...]:
         """What to know before believing any of it."""
         found = []
+        if not self.untrained_tested:
+            found.append(
+                f"{len(self.draws)} draws of untrained weights describe, and are too few for a test: nothing here says "
+                "that a model without training would do worse. Give "
+                f"{-(-LEAST_DRAWS // len(KINDS))} or more of each kind."
+            )
         if not self.data.templates:
             found.append("The rows have no template: memorisation holds out rows of a group at random.")
         if len(set(self.data.groups)) == len(self.data):

@@ -1,4 +1,4 @@
-"""JSON lines with named text fields, read for a study; importing this module imports no torch."""
+"""JSON lines read for a study: named texts, and texts of two classes. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
+
 from assay.base.artifacts import user_path
 from assay.base.errors import SpecError
+from assay.directions.labelled import Labelled
 
 
 def text_rows(path: Path, needed: Sequence[str], optional: Sequence[str] = (), *, field: str) -> list[dict[str, str]]:
@@ -46,3 +50,31 @@ def text_rows(path: Path, needed: Sequence[str], optional: Sequence[str] = (), *
     if not found:
         raise SpecError(f"{field}: {file} has no rows; {wanted}", field)
     return found
+
+
+def two_classes(path: Path, need: str) -> Labelled:
+    """Read labelled texts of two classes.
+
+    Args:
+        path: The file.
+        need: Why there are two, for the error.
+
+    Raises:
+        SpecError: The file cannot be read, or has one label, or more than two.
+    """
+    data = Labelled.read(path)
+    found = classes(data)
+    if len(found) != 2:
+        raise SpecError(f"{path} has {len(found)} labels ({found[:5]}); {need}", "data")
+    return data
+
+
+def classes(data: Labelled) -> list[int | str]:
+    """The labels, each once, in the order of their texts; of two, the second is the positive one."""
+    return sorted(set(data.labels), key=str)
+
+
+def codes(data: Labelled) -> Int[np.ndarray, " rows"]:
+    """The place of each row's label among the classes: 0 or 1."""
+    found = classes(data)
+    return np.asarray([found.index(label) for label in data.labels])

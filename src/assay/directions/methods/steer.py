@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from assay.base.findings import Findings
 from assay.base.method import Context, method
@@ -46,11 +46,18 @@ class SteerSpec(BaseModel):
     doses: tuple[float, ...] = Field(
         default=(-0.2, -0.1, -0.05, 0.05, 0.1, 0.2),
         min_length=2,
-        description="In units of the mean norm of the activations at the site.",
+        description="In units of the mean norm of the activations at the site; one or more above 0.",
     )
     kl: float = Field(default=0.1, gt=0, description="The most that the guard's KL may be, in nats a token.")
     ce: float = Field(default=0.05, gt=0, description="The most that the guard's cross-entropy may rise, in nats.")
     controls: int = Field(default=20, ge=2, description="How many vectors of each kind of control.")
+
+    @field_validator("doses")
+    @classmethod
+    def _one_is_positive(cls, doses: tuple[float, ...]) -> tuple[float, ...]:
+        if not any(dose > 0 for dose in doses):
+            raise ValueError(f"none of {list(doses)} is above 0, where the effect is reported: give one, such as 0.1")
+        return doses
 
     def title(self) -> str:
         """The question, as a report's heading."""

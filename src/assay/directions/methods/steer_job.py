@@ -15,6 +15,7 @@ from assay.base.method import Context, Progress, StepSpec
 from assay.base.stats import Interval, Side, bootstrap_interval
 from assay.base.views import Bars, Lines, Series, View
 from assay.controls.verdicts import compare, verdict
+from assay.directions.methods.common import RATE, snippet
 from assay.directions.methods.rows import text_rows
 from assay.directions.methods.steer import SteerSpec
 
@@ -24,7 +25,6 @@ DRAWN = {
     "label-shuffled": "the same fit with the two classes shuffled, at the same norm",
     "semantic": "the same fit on other contrasts, at the same norm",
 }
-_RATE = 8e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,13 @@ def _steps(
     fit = sum(length(text) for text in fitted)
     measured = {name: list(getattr(spec, name)) for name in ("toward", "away", "doses")} | {"controls": spec.controls}
     return [
-        StepSpec(name="direction", inputs=own, forwards=len(fitted), tokens=fit, seconds=fit * parameters / _RATE),
+        StepSpec(name="direction", inputs=own, forwards=len(fitted), tokens=fit, seconds=fit * parameters / RATE),
         StepSpec(
             name="doses",
             inputs={**own, **measured, "seed": seed},
             forwards=cells * (len(inputs.prompts) + len(inputs.unrelated)) // 2,
             tokens=tokens,
-            seconds=tokens * parameters / _RATE,
+            seconds=tokens * parameters / RATE,
         ),
     ]
 
@@ -94,7 +94,8 @@ def run(subject: Any, spec: SteerSpec, ctx: Context) -> Findings:
     direction = ctx.step(fit, measured.direction)
     found = ctx.step(doses, measured.doses)
     ctx.artifact("direction", arrays={"vector": np.asarray(direction["vector"])})
-    report = _Report(inputs=inputs, spec=spec, site=site, direction=direction, found=found, ctx=ctx)
+    python = snippet(subject, "steer", spec, ctx.seed)
+    report = _Report(inputs=inputs, spec=spec, site=site, direction=direction, found=found, python=python, ctx=ctx)
     return Findings(
         findings=report.findings(), views=report.views(), summary=report.summary(), warnings=report.warnings()
     )
@@ -205,6 +206,7 @@ class _Report:
     site: str
     direction: Mapping[str, Any]
     found: Mapping[str, Any]
+    python: str
     ctx: Context
 
     @property
@@ -262,7 +264,7 @@ class _Report:
     def _at(self) -> int:
         """The dose that is reported: the largest within the budget, else the smallest positive one."""
         doses = list(self.found["doses"])
-        return doses.index(self.dose or min((d for d in doses if d > 0), default=doses[-1]))
+        return doses.index(self.dose or min(d for d in doses if d > 0))
 
     def moves(self) -> Finding:
         """At the largest dose that the guard allows, more than other directions."""
@@ -338,7 +340,6 @@ class _Report:
             values = np.asarray(self.found[f"{kind} effects"])
             low, high = np.quantile(values, (0.025, 0.975), axis=0)
             bands.append(Series(name=kind, values=values.mean(0).tolist(), low=low.tolist(), high=high.tolist()))
-        code = self._python()
         guard = ("kl", "KL"), ("ce", "change of cross-entropy")
         found: list[View] = [
             Lines(
@@ -350,7 +351,7 @@ class _Report:
                 series=(Series(name="direction", values=effects.tolist()), *bands),
                 x_title="dose, in mean norms of the activations",
                 y_title="change of log odds",
-                python=code,
+                python=self.python,
             ),
             Lines(
                 id="guard",
@@ -361,7 +362,7 @@ class _Report:
                 series=tuple(Series(name=name, values=np.asarray(self.found[key]).tolist()) for key, name in guard),
                 x_title="dose, in mean norms of the activations",
                 y_title="nats a token",
-                python=code,
+                python=self.python,
             ),
         ]
         if "semantic" in self.kinds:
@@ -375,17 +376,10 @@ class _Report:
                     labels=[self.spec.data.stem, *self.found["names"]],
                     values=[float(effects[at]), *named],
                     unit="change of log odds",
-                    python=code,
+                    python=self.python,
                 )
             )
         return tuple(found)
-
-    def _python(self) -> str:
-        return (
-            "from assay.studies import Study\n"
-            f"study = Study(method='steer', model='...', spec={self.spec.model_dump(mode='json')!r})\n"
-            "findings = study.run()"
-        )
 
     def warnings(self) -> tuple[str, ...]:
         """What to know before believing any of it."""

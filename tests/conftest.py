@@ -19,7 +19,14 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-CHECKED = ["assay.subjects", "assay.activations", "assay.controls", "assay.circuits", "assay.directions"]
+CHECKED = [
+    "assay.subjects",
+    "assay.activations",
+    "assay.controls",
+    "assay.circuits",
+    "assay.dictionaries",
+    "assay.directions",
+]
 install_import_hook(CHECKED, "beartype.beartype")  # before assay is imported: shapes and types of these are checked
 
 import torch  # noqa: E402

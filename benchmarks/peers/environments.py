@@ -27,6 +27,17 @@ PEERS = {
     ),
     "nnsight": Peer(name="nnsight", requirement="nnsight>=0.8,<0.9", distribution="nnsight"),
 }
+"""Engines, of runs and sweeps."""
+
+DICTIONARY_PEERS = {
+    "sae-lens": Peer(name="SAELens", requirement="sae-lens==6.54.0", distribution="sae-lens"),
+    "dictionary-learning": Peer(
+        name="dictionary_learning", requirement="dictionary-learning==0.1.0", distribution="dictionary-learning"
+    ),
+    "eai-sparsify": Peer(name="sparsify", requirement="eai-sparsify==1.3.3", distribution="eai-sparsify"),
+    "circuit-tracer": Peer(name="circuit-tracer", requirement="circuit-tracer==0.5.0", distribution="circuit-tracer"),
+}
+"""Trainers and readers of dictionaries; a file format is checked against the version named here."""
 
 
 class NotInstalled(Exception):
@@ -45,14 +56,14 @@ def environment(key: str, folder: Path, *, fresh: bool = False) -> Path:
     """The python of a peer's own environment, made with plain pip where it is not there yet.
 
     Args:
-        key: A key of `PEERS`.
+        key: A key of `PEERS` or of `DICTIONARY_PEERS`.
         folder: Where environments are kept, one folder each.
         fresh: Make it again.
 
     Raises:
         NotInstalled: With the last lines of what pip said.
     """
-    peer, venv = PEERS[key], folder / key
+    peer, venv = (PEERS | DICTIONARY_PEERS)[key], folder / key
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     ready = venv / ".ready"
     wanted = f"{torch_requirement()}\n{peer.requirement}\n"

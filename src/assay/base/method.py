@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from assay.base.errors import SpecError, nearest
@@ -235,6 +236,17 @@ class Context(Protocol):
         Args:
             data: The JSON values a finding was computed from; the spec where nothing is given.
         """
+
+
+@runtime_checkable
+class Leaves(Protocol):
+    """A spec of a method that leaves files where the user asked, besides its result: a trained dictionary, say.
+
+    A study whose files are gone is not finished, whatever the cache holds: running it makes them again.
+    """
+
+    def leaves(self) -> Sequence[Path]:
+        """The files and folders that a finished study leaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

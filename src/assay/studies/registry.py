@@ -7,6 +7,7 @@ import importlib
 from assay.base.method import Method, get_method, methods
 
 METHOD_MODULES: tuple[str, ...] = (
+    "assay.dictionaries.methods.train",
     "assay.directions.methods.behaviour",
     "assay.directions.methods.dual_basis",
     "assay.directions.methods.erase",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from assay.base.artifacts import user_path
 from assay.base.errors import AssayError, OutputError
 from assay.base.findings import Cost, Findings
-from assay.base.method import Method, Plan, PlannedStep
+from assay.base.method import Leaves, Method, Plan, PlannedStep
 from assay.studies.cards import method_card
 from assay.studies.context import StepRecord, StudyContext, versions
 from assay.studies.events import Event, Watcher, ignore
@@ -63,7 +63,8 @@ def plan_study(study: Study, subject: Any = None, watcher: Watcher = ignore) -> 
     target = Target(study.model, subject, watcher)
     key = study.key(target.fingerprint)
     store = Store(lambda _: None)
-    return _plan(study, method, target, key, store, finished=store.study(key) is not None, reuse=True)
+    finished = _standing(study) and store.study(key) is not None
+    return _plan(study, method, target, key, store, finished=finished, reuse=True)
 
 
 def execute(
@@ -89,7 +90,7 @@ def execute(
     store = Store(notice)
     target = Target(study.model, subject, watcher)
     key = study.key(target.fingerprint)
-    result = _kept(key, store) if cache else None
+    result = _kept(key, store) if cache and _standing(study) else None
     cached = result is not None
     if result is None:
         result = _compute(study, target, key, store, watcher, cancel or threading.Event(), reuse=cache)
@@ -105,6 +106,11 @@ def execute(
         out=folder,
         files=files,
     )
+
+
+def _standing(study: Study) -> bool:
+    """Whether what the study leaves outside the cache is where it was asked to be."""
+    return not isinstance(study.spec, Leaves) or all(user_path(path).exists() for path in study.spec.leaves())
 
 
 def _kept(key: str, store: Store) -> tuple[dict[str, Any], Findings] | None:

@@ -1,0 +1,1 @@
+"""The registered methods of dictionaries; importing this package imports no torch."""

@@ -1,0 +1,285 @@
+"""The loop: batches in, steps, curves, checkpoints, and a finished dictionary out.
+
+The same call after an interruption goes on from the last whole checkpoint and ends in the same bits (on a CPU, with the
+same number of threads): the batch of a step depends on the step, and everything else that a step depends on is in the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.activations.source import Source
+from assay.base.artifacts import user_path, write_parquet
+from assay.base.errors import SpecError, UnknownSite, nearest
+from assay.base.method import Progress
+from assay.base.sites import parse_site
+from assay.dictionaries.crosslayer import CrossLayer
+from assay.dictionaries.dictionary import Card, Dictionary, Site
+from assay.dictionaries.families import FAMILIES, Part
+from assay.dictionaries.settings import Training
+from assay.dictionaries.training import checkpoints
+from assay.dictionaries.training.begin import begin
+from assay.dictionaries.training.dead import resample
+from assay.dictionaries.training.mesh import Merged, Mesh, mesh
+from assay.dictionaries.training.source import mean_length, side_by_side
+from assay.dictionaries.training.step import Report, apply, forward_backward
+
+_ALONE = Mesh()
+_CURVES = ("step", "squared_error", "fvu", "l0", "dead", "penalty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        dictionary: What was learned, of raw activations.
+        curves: A column for each of step, squared_error, fvu, l0, dead and penalty.
+        steps: Steps done, over all sessions.
+        resumed_at: The step this session went on from, 0 for a fresh run.
+    """
+
+    dictionary: Dictionary | CrossLayer
+    curves: Mapping[str, np.ndarray]
+    steps: int
+    resumed_at: int
+
+
+class Trainer:
+    """One dictionary in training, fed batch by batch.
+
+    Args:
+        settings: How it is trained.
+        first: The first batch, which sets scales and the decoder's bias.
+        reads: The sites it reads.
+        writes: The sites it writes; the same where not given.
+        cross_layer: Latents of each site it reads write from that layer on.
+        model: Goes onto the card.
+        mesh: Where this process is among those that train the dictionary together.
+
+    Raises:
+        SpecError: What is asked cannot be divided among the processes.
+    """
+
+    def __init__(
+        self,
+        settings: Training,
+        first: Mapping[str, Tensor],
+        reads: Sequence[str],
+        writes: Sequence[str] | None = None,
+        *,
+        cross_layer: bool = False,
+        model: str = "",
+        mesh: Mesh = _ALONE,
+    ) -> None:
+        from assay.dictionaries.kernels.backend import backend
+
+        whole = settings.family if settings.family == "matryoshka" else f"dead={settings.dead!r}"
+        if mesh.latent > 1 and whole in ("matryoshka", "dead='ghost'", "dead='ghost-scaled'"):
+            raise SpecError(f"{whole} needs all latents in one process: divide the rows instead", "share_latents")
+        self.settings, self.mesh = settings, mesh
+        self.reads = tuple(Site(name, first[name].shape[1]) for name in reads)
+        self.writes = tuple(Site(name, first[name].shape[1]) for name in writes) if writes else self.reads
+        self.cross_layer, self.model = cross_layer, model
+        x, y = side_by_side(first, self.reads), side_by_side(first, self.writes)
+        self.mean_norm = mean_length(x)
+        self.state = begin(settings, x, y, self.reads, self.writes, cross_layer=cross_layer, mesh=mesh)
+        own = backend(x.device)
+        self._kernels = own if mesh.size == 1 else Merged(own, mesh)
+        self.curves: list[tuple[float, ...]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether every step has been taken."""
+        return self.state.step >= self.settings.steps
+
+    def step(self, batch: Mapping[str, Tensor]) -> Report:
+        """Take one step on a batch.
+
+        Raises:
+            NumericalError: The loss is not finite; the state is as it was before.
+        """
+        state, settings = self.state, self.settings
+        mine = {name: self.mesh.rows(rows) for name, rows in batch.items()}
+        x = side_by_side(mine, self.reads) * state.scale_in
+        y = x if self.writes == self.reads else side_by_side(mine, self.writes) * state.scale_out
+        gradients, report, error = forward_backward(state, settings, self._kernels, x, y, self.mesh)
+        apply(state, settings, self._kernels, gradients, self.mesh)
+        if settings.dead == "resample" and state.step % settings.resample_every == 0 and not self._settling():
+            resample(state, settings, x, error, self.mesh)
+        self.curves.append((float(state.step), *(float(getattr(report, name)) for name in _CURVES[1:])))
+        return report
+
+    def finished(self) -> Dictionary | CrossLayer:
+        """The dictionary of raw activations: the rows' scale is folded into the weights."""
+        state, settings = self.state, self.settings
+        family = FAMILIES[settings.family]
+        layers = []
+        for index, part in enumerate(state.parts):
+            reads = (self.reads[index],) if self.cross_layer else self.reads
+            writes = self.writes[index:] if self.cross_layer else self.writes
+            whole = self._whole(part)
+            bias = state.b_dec[part.writes].clone()
+            if self.cross_layer:
+                bias[self.writes[0].width :] = 0
+            card = Card(
+                reads=reads,
+                writes=writes,
+                model=self.model,
+                family=settings.family,
+                centred=state.centred,
+                mean_norm=self.mean_norm,
+                training={"settings": settings.model_dump(mode="json"), "steps": state.step},
+            )
+            made = Dictionary(
+                W_enc=whole.W_enc,
+                b_enc=whole.b_enc,
+                W_dec=whole.W_dec,
+                b_dec=bias,
+                activation=family.activation(whole, settings, state.memory),
+                card=card,
+                W_skip=None if state.W_skip is None else state.W_skip.clone(),
+            )
+            layers.append(made.folded(state.scale_in[part.reads], state.scale_out[part.writes]))
+        return CrossLayer(layers=tuple(layers)) if self.cross_layer else layers[0]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything a checkpoint needs."""
+        curves = np.asarray(self.curves, dtype=np.float64).reshape(-1, len(_CURVES))
+        return self.state.arrays() | {"curves": curves, "mean_norm": np.asarray(self.mean_norm)}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from a checkpoint of the same run."""
+        arrays = dict(arrays)
+        self.curves = [tuple(row) for row in arrays.pop("curves").tolist()]
+        self.mean_norm = float(arrays.pop("mean_norm"))
+        self.state.restore(arrays)
+
+    def _whole(self, part: Part) -> Part:
+        """A copy of a part with the latents of all processes."""
+
+        def joined(tensor: Tensor) -> Tensor:
+            return torch.cat(self.mesh.gathered(tensor.clone(), along="latent"))
+
+        own = {name: joined(tensor) for name, tensor in part.own.items()}
+        encoder, bias, decoder = joined(part.W_enc), joined(part.b_enc), joined(part.W_dec)
+        return replace(part, W_enc=encoder, b_enc=bias, W_dec=decoder, own=own)
+
+    def _settling(self) -> bool:
+        """Whether the rate is already falling: a latent that starts again then has no time to learn."""
+        return self.state.step >= self.settings.steps * (1 - self.settings.decay)
+
+
+def train(
+    source: Source,
+    settings: Training,
+    *,
+    reads: str | Sequence[str],
+    writes: str | Sequence[str] | None = None,
+    cross_layer: bool = False,
+    out: str | Path | None = None,
+    checkpoint_every: int = 500,
+    model: str = "",
+    share_latents: int = 1,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train one dictionary.
+
+    Args:
+        source: Where rows come from.
+        settings: How it is trained.
+        reads: The site it reads, or several for a crosscoder or a cross-layer transcoder.
+        writes: What it reconstructs, where that is not what it reads.
+        cross_layer: Latents of each site that is read write to the site of the same place and every later one.
+        out: A folder for the finished dictionary, its curves and its checkpoints; a run that was interrupted goes
+            on from there. Nothing is written where it is not given.
+        checkpoint_every: Steps between two checkpoints.
+        model: Goes onto the card.
+        share_latents: Under torchrun, how many processes divide the latents; the others divide each batch.
+        progress: Told after every step.
+
+    Raises:
+        UnknownSite: The source has no such site.
+        SpecError: The folder holds another run, or what is asked cannot be divided among the processes.
+        NumericalError: A row or the loss is not finite.
+        OutputError: Something cannot be written.
+
+    Example:
+        >>> from assay.dictionaries.training.source import Rows
+        >>> rows = Rows({"blocks.0.resid_post": torch.randn(512, 8, generator=torch.manual_seed(0))}, batch=64)
+        >>> trained = train(rows, Training(latents=16, k=2, steps=20, batch=64), reads="blocks.0.resid_post")
+        >>> trained.dictionary, trained.steps
+        (Dictionary(sae topk, 16 latents, blocks.0.resid_post), 20)
+    """
+    read, write = _sites(source, reads), _sites(source, writes) if writes else None
+    grid = mesh(share_latents)
+    folder = user_path(out) if out is not None else None
+    asked = {
+        "settings": settings.model_dump(mode="json"),
+        "reads": list(read),
+        "writes": list(write or read),
+        "cross_layer": cross_layer,
+        "data": dict(source.describe()),
+        "processes": [grid.data, grid.latent],
+    }
+    kept = folder / "checkpoints" if folder is not None else None
+    if kept is not None and grid.size > 1:
+        kept /= f"rank_{grid.rank}"
+    found = _agreed(kept, asked, grid)
+    # what the first rows decide is in a checkpoint, and a stream need not be filled twice
+    first = source.batch(0) if found is None else {n: torch.ones(1, w) for n, w in source.widths.items()}
+    trainer = Trainer(settings, first, read, write, cross_layer=cross_layer, model=model, mesh=grid)
+    if found is not None:
+        trainer.restore(found.arrays)
+        source.restore(found.source)
+    while not trainer.done:
+        step = trainer.state.step
+        report = trainer.step(source.batch(step))
+        if progress is not None:
+            progress(step + 1, settings.steps, f"fvu {report.fvu:.3f}, L0 {report.l0:.1f}, dead {report.dead:.1%}")
+        if kept is not None and ((step + 1) % checkpoint_every == 0 or trainer.done):
+            now = checkpoints.Checkpoint(step=step + 1, arrays=trainer.arrays(), asked=asked, source=source.state())
+            checkpoints.write(kept, now)
+    dictionary = trainer.finished()
+    columns = np.asarray(trainer.curves).reshape(-1, len(_CURVES)).T
+    curves = dict(zip(_CURVES, columns, strict=True))
+    if folder is not None and grid.rank == 0:
+        write_parquet(folder / "curves.parquet", {name: column.tolist() for name, column in curves.items()})
+        dictionary.save(folder / "dictionary")
+    resumed = 0 if found is None else found.step
+    return Trained(dictionary=dictionary, curves=curves, steps=trainer.state.step, resumed_at=resumed)
+
+
+def _agreed(folder: Path | None, asked: Mapping[str, Any], grid: Mesh) -> checkpoints.Checkpoint | None:
+    """The newest checkpoint that every process has, or None."""
+    if folder is None:
+        return None
+    newest = checkpoints.latest(folder, asked)
+    if grid.size == 1:
+        return newest
+    steps = [int(n) for n in grid.gathered(torch.tensor([newest.step if newest else 0]), along="all")]
+    if min(steps) == 0:
+        return None
+    return newest if newest and newest.step == min(steps) else checkpoints.latest(folder, asked, at=min(steps))
+
+
+def _sites(source: Source, asked: str | Sequence[str]) -> tuple[str, ...]:
+    names = (asked,) if isinstance(asked, str) else tuple(asked)
+    known = source.widths
+    found = []
+    for name in names:
+        canonical = name if name in known else str(parse_site(name))
+        if canonical not in known:
+            raise UnknownSite(f"the data have no site {name!r}{nearest(name, known)}; they have {', '.join(known)}")
+        found.append(canonical)
+    if len(set(found)) != len(found):
+        raise SpecError(f"a site is named twice: {', '.join(names)}", "reads")
+    return tuple(found)

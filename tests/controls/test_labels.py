@@ -90,7 +90,10 @@ def test_within_groups_every_group_keeps_its_own_labels(rows):
         assert sorted(zip(groups, labels, strict=True)) == sorted(zip(groups, y, strict=True))
 
 
-@given(st.lists(st.integers(0, 2), min_size=2, max_size=6), st.integers(1, 4))
+several_labels = st.lists(st.integers(0, 2), min_size=2, max_size=6).filter(lambda labels: len(set(labels)) > 1)
+
+
+@given(several_labels, st.integers(1, 4))
 def test_among_groups_each_group_keeps_one_label_and_the_groups_keep_their_marginal(labels, size):
     groups = [f"g{i}" for i in range(len(labels)) for _ in range(size + i % 2)]
     y = np.array([labels[int(g[1:])] for g in groups])

@@ -138,7 +138,7 @@ def test_what_cannot_be_edited_is_refused(tiny_module: Any, tiny_tokenizer: Any)
         rome(subject, FACT, 1, torch.eye(3).double(), prefixes=("",), steps=1)
     with pytest.raises(SpecError, match="needs a tokenizer"):
         rome(assay.load(tiny_module("llama")), FACT, 1, torch.eye(64).double())
-    with pytest.raises(SpecError, match="at least one text"):
+    with pytest.raises(SpecError, match="give a list"):
         key_covariance(subject, [], 1)
     with pytest.raises(SpecError, match=r"one \{\}"):
         Fact(prompt="no place", subject="Paris", target=" a", original=" b")

@@ -109,9 +109,9 @@ def test_a_file_gives_it_back_and_another_unembedding_refuses_it(
 def test_what_does_not_fit_is_refused(subject: Any, lens: TunedLens) -> None:
     with pytest.raises(SpecError, match=r"not blocks\.2\.resid_post"):
         lens.translated("blocks.2.resid_post", torch.zeros(1, 32))
-    with pytest.raises(SpecError, match="needs texts"):
+    with pytest.raises(SpecError, match="give a list"):
         train_tuned_lens(subject, ids(1, 0)[:0])
-    with pytest.raises(SpecError, match="at least one text"):
+    with pytest.raises(SpecError, match="give a list"):
         lens_divergence(subject, lens, ids(1, 0)[:0])
 
 

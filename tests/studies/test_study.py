@@ -477,3 +477,9 @@ def test_a_study_is_read_from_a_file_and_its_files_lie_beside_it(study: Study, t
             Study.read(tmp_path / "bad.json")
     with pytest.raises(SpecError, match="is no study"):
         Study.read(tmp_path / "absent.json")
+
+
+def test_the_study_of_a_saved_result_is_read(study: Study, tmp_path: Path) -> None:
+    study.run(out=tmp_path / "out")
+    found = Study.read(tmp_path / "out" / "study.json")
+    assert found.key("f") == study.key("f")

@@ -192,6 +192,8 @@ def sign_flip_test(
     data = _finite(values, "values", min_ndim=1).ravel()
     if not data.size:
         raise SpecError("a sign-flip test needs at least one value, got none", "values")
+    if n < 1:
+        raise SpecError(f"n is {n}; a sign-flip test needs at least one pattern", "n")
     sums = np.array([data[rows].sum() for rows in _units(data.size, groups)]) / data.size
     m = sums.size
     blocks = _all_patterns(m) if m < 62 and 2**m - 1 <= n else _random_patterns(m, n, numpy_stream(seed, "sign-flip"))
@@ -316,7 +318,9 @@ def _bca(
     units = _units(len(data), groups)
     m = len(units)
     if m < 2:
-        raise SpecError(f"an interval needs at least two {'values' if groups is None else 'groups'}, got {m}", "values")
+        name = "values" if groups is None else "groups"
+        advice = "" if groups is None else ": bring more groups, or hold out more of them"
+        raise SpecError(f"an interval needs at least two {name}, got {m}{advice}", name)
     value = float(statistic(data))
     if not math.isfinite(value):
         raise NumericalError(f"the statistic of the sample is {value}; an interval needs a finite one")
@@ -325,15 +329,24 @@ def _bca(
     draws = draws[np.isfinite(draws)]
     method = "BCa bootstrap" + ("" if groups is None else f" over {m} groups")
     if draws.size < n_boot / 2:
-        raise NumericalError(f"the statistic is finite in only {draws.size} of {n_boot} resamples; no interval")
-    low, high = np.quantile(draws, _bca_levels(value, draws, _jackknife(data, units, statistic), level))
+        raise NumericalError(
+            f"the statistic is finite in only {draws.size} of {n_boot} resamples: no interval; give more values or "
+            "groups"
+        )
+    left_out = _jackknife(data, units, statistic)
+    if left_out.size < 2:
+        raise NumericalError(
+            f"without one of the {m} {'values' if groups is None else 'groups'}, the statistic is finite "
+            f"{left_out.size} times: no interval; give more of them"
+        )
+    low, high = np.quantile(draws, _bca_levels(value, draws, left_out, level, m))
     return Interval(low=low, high=high, level=level, method=method)
 
 
-def _bca_levels(value: float, draws: np.ndarray, left_out: np.ndarray, level: float) -> list[float]:
+def _bca_levels(value: float, draws: np.ndarray, left_out: np.ndarray, level: float, units: int) -> list[float]:
     from scipy.special import stdtrit
 
-    m = left_out.size
+    m = min(units, _JACKKNIFE)
     below = (np.sum(draws < value) + 0.5 * np.sum(draws == value)) / draws.size
     z0 = _NORMAL.inv_cdf(float(np.clip(below, 0.5 / draws.size, 1 - 0.5 / draws.size)))
     pull = np.mean(left_out) - left_out
@@ -387,10 +400,29 @@ def _units(n: int, groups: Sequence[Hashable] | None) -> list[np.ndarray]:
         return list(np.arange(n)[:, None])
     if len(groups) != n:
         raise SpecError(f"groups has {len(groups)} labels for {n} values; it needs one a value", "groups")
+    return list(group_rows(groups).values())
+
+
+def group_rows(groups: Sequence[Hashable]) -> dict[Hashable, Int[np.ndarray, " members"]]:
+    """Return the row numbers of each group, in order of first appearance.
+
+    Raises:
+        SpecError: A group is NaN, which equals nothing, so that each such row would be a group of its own; or is no
+            single label.
+
+    Example:
+        >>> {group: rows.tolist() for group, rows in group_rows(["a", "b", "a"]).items()}
+        {'a': [0, 2], 'b': [1]}
+    """
     rows: dict[Hashable, list[int]] = {}
     for i, label in enumerate(groups):
-        rows.setdefault(label, []).append(i)
-    return [np.array(members) for members in rows.values()]
+        try:
+            if isinstance(label, float | np.floating) and label != label:
+                raise SpecError(f"the group of row {i} is NaN; name it, or leave the row out", "groups")
+            rows.setdefault(label, []).append(i)
+        except TypeError as error:
+            raise SpecError(f"the group of row {i} is {label!r}; a group is one label a row", "groups") from error
+    return {label: np.array(members) for label, members in rows.items()}
 
 
 def _all_patterns(m: int) -> Iterator[np.ndarray]:
@@ -442,7 +474,13 @@ def _p_values(values: Numbers) -> np.ndarray:
 
 
 def _finite(values: Numbers, what: str, min_ndim: int = 0) -> np.ndarray:
-    data = np.array(values, dtype=np.float64, ndmin=min_ndim)
+    given: Any = values
+    if hasattr(given, "detach"):  # a tensor, in any precision
+        given = given.detach().to("cpu").double().numpy()
+    try:
+        data = np.array(given, dtype=np.float64, ndmin=min_ndim)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{what} must be numbers: {error}", what) from error
     bad = int(np.sum(~np.isfinite(data)))
     if bad:
         raise NumericalError(f"{what}: {bad} of {data.size} numbers are NaN or infinite")

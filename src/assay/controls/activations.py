@@ -84,4 +84,6 @@ def _numpy(given: Any) -> np.ndarray:
         )
     if not np.isfinite(rows).all():
         raise NumericalError("the activations are not all finite")
+    if np.ptp(rows, axis=0).max() <= 1e-14 * np.abs(rows).max():  # the covariance of equal numbers is rounding
+        raise NumericalError("the activations do not vary, so there is no spectrum to match")
     return rows

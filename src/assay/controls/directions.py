@@ -21,8 +21,11 @@ from jaxtyping import Float
 from assay.base.errors import NumericalError, SpecError
 from assay.base.rng import numpy_stream
 from assay.base.stats import Numbers
+from assay.controls.labels import label_array
 
 Array = TypeVar("Array")
+
+_ROUNDING = 1e-14  # relative
 
 
 def isotropic_directions(direction: Array, n: int, seed: int) -> Array:
@@ -38,7 +41,7 @@ def isotropic_directions(direction: Array, n: int, seed: int) -> Array:
         [5.0, 5.0]
     """
     vector = _vector(direction)
-    draws = numpy_stream(seed, "directions", "isotropic").standard_normal((n, vector.size))
+    draws = numpy_stream(seed, "directions", "isotropic").standard_normal((_count(n), vector.size))
     return _like(_scaled(draws, vector), direction)
 
 
@@ -58,9 +61,8 @@ def covariance_matched_directions(direction: Array, activations: Numbers, n: int
         SpecError: The shapes do not fit, or there are fewer than two rows.
         NumericalError: The direction is zero, the activations are constant, or either is not finite.
     """
-    vector, rows = _vector(direction), _rows(activations, direction)
-    centred = rows - rows.mean(axis=0)
-    draws = numpy_stream(seed, "directions", "covariance").standard_normal((n, len(rows))) @ centred
+    vector, centred = _vector(direction), _centred(activations, direction)
+    draws = numpy_stream(seed, "directions", "covariance").standard_normal((_count(n), len(centred))) @ centred
     return _like(_scaled(draws, vector), direction)
 
 
@@ -78,8 +80,8 @@ def shuffled_difference_directions(direction: Array, activations: Numbers, label
         SpecError: The shapes do not fit, or there are not exactly two classes.
         NumericalError: The direction is zero, the activations are constant, or either is not finite.
     """
-    vector, rows = _vector(direction), _rows(activations, direction)
-    y = _numpy(labels)
+    vector, rows = _vector(direction), _centred(activations, direction)
+    y = label_array(labels, "labels")
     classes = np.unique(y)
     if y.shape != (len(rows),) or classes.size != 2:
         raise SpecError(
@@ -88,7 +90,7 @@ def shuffled_difference_directions(direction: Array, activations: Numbers, label
     positive = y == classes[1]
     weights = np.where(positive, 1 / positive.sum(), -1 / (~positive).sum())
     rng = numpy_stream(seed, "directions", "shuffled labels")
-    draws = rng.permuted(np.tile(weights, (n, 1)), axis=1) @ rows
+    draws = rng.permuted(np.tile(weights, (_count(n), 1)), axis=1) @ rows
     return _like(_scaled(draws, vector), direction)
 
 
@@ -162,6 +164,20 @@ def _rows(activations: object, direction: object) -> Float[np.ndarray, "rows d"]
     return rows
 
 
+def _centred(activations: object, direction: object) -> Float[np.ndarray, "rows d"]:
+    rows = _rows(activations, direction)
+    centred = rows - rows.mean(axis=0)
+    if np.abs(centred).max() <= _ROUNDING * np.abs(rows).max():  # the mean of equal numbers is off by rounding
+        raise NumericalError("the activations do not vary, so no direction can be drawn from them")
+    return np.asarray(centred)
+
+
+def _count(n: int) -> int:
+    if n < 1:
+        raise SpecError(f"n is {n}; at least one direction is drawn", "n")
+    return n
+
+
 def _numpy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor, in any precision, on any device
         value = value.detach().to("cpu")
@@ -171,6 +187,7 @@ def _numpy(value: Any) -> np.ndarray:
 
 def _like(draws: np.ndarray, direction: Array) -> Array:
     if hasattr(direction, "new_tensor"):
-        out: Array = direction.new_tensor(draws)
+        given: Any = direction
+        out: Array = (given if given.is_floating_point() else given.float()).new_tensor(draws)
         return out
     return draws  # type: ignore[return-value]  # Array is numpy's here

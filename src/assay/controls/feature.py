@@ -284,6 +284,8 @@ def null_step(
         >>> step.percentile, round(step.p, 4)
         (100.0, 0.005)
     """
+    if name not in ("decodes", "random directions", "matched latents", "re-initialised"):
+        raise SpecError(f"{name!r} is no step with a null; see null_step for those that have one", "name")
     draws, point = _numbers(null, "null"), float(_array([value], "value")[0])
     p = permutation_p(point, draws, side)
     below = float(np.mean(draws < point) + 0.5 * np.mean(draws == point))

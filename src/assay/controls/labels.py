@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from assay.base.errors import NumericalError, SpecError
 from assay.base.rng import numpy_stream
-from assay.base.stats import Numbers, Side, permutation_p
+from assay.base.stats import Numbers, Side, group_rows, permutation_p
 
 Scheme = Literal["auto", "rows", "within", "among"]
 """What is exchangeable under the null; see `permutation_test`."""
@@ -34,6 +34,41 @@ class PermutationResult:
     p: float
     side: Side
     scheme: str
+
+
+def label_array(y: Any, name: str = "y") -> Shaped[np.ndarray, "rows ..."]:
+    """Return labels as an array, none of them missing.
+
+    A missing label is neither class, and NaN equals nothing, not even itself: it would be counted as a class without
+    rows, or as the text 'nan'.
+
+    Args:
+        y: Labels, an array, a tensor or a sequence.
+        name: The argument they were given as.
+
+    Raises:
+        SpecError: A label is None or NaN, or labels of several kinds cannot be put in order.
+
+    Example:
+        >>> label_array(["b", "a"]).tolist()
+        ['b', 'a']
+    """
+    given = y.detach().cpu().numpy() if hasattr(y, "detach") else y
+    try:
+        labels = np.asarray(given)
+        flat = labels.ravel().tolist() if isinstance(given, np.ndarray) or labels.ndim != 1 else list(given)
+        missing = [i for i, label in enumerate(flat) if label is None or (isinstance(label, float) and label != label)]
+        if not missing and labels.dtype == object:
+            sorted(set(flat))
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{name} must be labels of one kind, one a row: {error}", name) from error
+    if missing:
+        raise SpecError(
+            f"{len(missing)} of {len(flat)} labels are missing (None or NaN), number {missing[0]} first: leave those "
+            "rows out",
+            name,
+        )
+    return labels
 
 
 def permutation_test(
@@ -72,7 +107,8 @@ def permutation_test(
         scheme: What is exchangeable.
 
     Raises:
-        SpecError: The lengths differ, the scheme needs groups, or no permutation could change the labels.
+        SpecError: A label is missing, the lengths differ, the scheme needs groups, or no permutation could change the
+            labels.
         NumericalError: The statistic is not finite.
 
     Example:
@@ -82,7 +118,7 @@ def permutation_test(
         >>> result.value, result.p
         (10.0, 0.005)
     """
-    labels = np.asarray(y)
+    labels = label_array(y)
     if labels.ndim < 1 or not len(labels):
         raise SpecError("a permutation test needs labels, got none", "y")
     if n < 1:
@@ -127,7 +163,7 @@ def control_labels(types: Sequence[Hashable], y: Numbers, seed: int) -> Shaped[n
         >>> bool(labels[0] == labels[2])
         True
     """
-    labels = np.asarray(y)
+    labels = label_array(y)
     if labels.ndim != 1 or not labels.size or len(types) != labels.size:
         raise SpecError(f"types has {len(types)} entries and y the shape {labels.shape}; both need one a row", "types")
     rng = numpy_stream(seed, "control labels")
@@ -150,14 +186,17 @@ def exchange(labels: np.ndarray, groups: Sequence[Hashable] | None, scheme: Sche
     """Return the scheme to use, and a function that draws one order of the rows under it; see `permutation_test`."""
     if scheme not in get_args(Scheme):
         raise SpecError(f"scheme is {scheme!r}; valid: {', '.join(map(repr, get_args(Scheme)))}", "scheme")
+    if groups is None and scheme in ("within", "among"):
+        raise SpecError(f"scheme {scheme!r} permutes groups; give groups, one label a row", "groups")
+    if bool(np.all(labels == labels[:1])):
+        raise SpecError(f"all {len(labels)} labels are the same, so no permutation changes them", "y")
     if groups is None:
-        if scheme in ("within", "among"):
-            raise SpecError(f"scheme {scheme!r} permutes groups; give groups, one label a row", "groups")
         return "rows", lambda rng: rng.permutation(len(labels))
     if len(groups) != len(labels):
         raise SpecError(f"groups has {len(groups)} labels for {len(labels)} rows; it needs one a row", "groups")
-    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    ids = np.array([number[group] for group in groups])
+    ids = np.empty(len(labels), dtype=int)
+    for i, rows in enumerate(group_rows(groups).values()):
+        ids[rows] = i
     first = np.unique(ids, return_index=True)[1]
     constant = bool(np.all(labels == labels[first][ids]))
     chosen = ("among" if constant else "within") if scheme == "auto" else scheme

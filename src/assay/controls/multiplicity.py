@@ -17,7 +17,7 @@ from assay.base.errors import NumericalError, SpecError
 from assay.base.findings import Control
 from assay.base.rng import numpy_stream
 from assay.base.stats import Numbers, Side, benjamini_hochberg, permutation_p
-from assay.controls.labels import Scheme, exchange
+from assay.controls.labels import Scheme, exchange, label_array
 from assay.controls.verdicts import compare
 
 ScreenMethod = Literal["auto", "bh", "storey"]
@@ -206,7 +206,7 @@ def best_of(
         >>> found.best_name, found.best_p, found.family
         ('7', 0.005, 30)
     """
-    labels = np.asarray(y)
+    labels = label_array(y)
     if labels.ndim < 1 or not len(labels):
         raise SpecError("a permutation test needs labels, got none", "y")
     if n < 1:

@@ -125,7 +125,7 @@ def self_repair(
         seed: Seed of the choice of donors.
 
     Raises:
-        SpecError: A component is none, or ids and prompts do not match.
+        SpecError: A component is none, or is named twice, or ids and prompts do not match.
         InvalidEdit: No other prompt is long enough to be a donor.
         UnsupportedArchitecture: The logits are not a norm and a matrix away from the stream.
         NumericalError: The stream does not give the subject's own logits, which a sound map excludes.
@@ -147,6 +147,7 @@ def self_repair(
         raise SpecError(
             f"ablation is {ablation!r} with draws={draws}; valid: 'mean', 'resample', from 1 draw", "ablation"
         )
+    _apart(sites)
     last = f"blocks.{subject.n_blocks - 1}.resid_post"
     wanted = list(dict.fromkeys([*(str(site.whole) for site in sites), last]))
     clean = subject.run(prompts, capture=wanted)
@@ -199,7 +200,13 @@ class _Final:
         weight, bias = parts.unembedding()
         ids = []
         for name, given in (("answer", answer), ("foil", foil)):
-            found = torch.as_tensor(given, dtype=torch.long, device=weight.device)
+            try:
+                asked = torch.as_tensor(given, device=weight.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise SpecError(f"{name} is {given!r}; give a token id, or one a row", name) from error
+            if asked.is_floating_point():
+                raise SpecError(f"{name} is {given!r}; token ids are whole numbers", name)
+            found = asked.long()
             if found.ndim > 1 or (found.ndim and len(found) != size):
                 raise SpecError(
                     f"{name} has the shape {tuple(found.shape)} for {size} prompts; give one or one a row", name
@@ -251,6 +258,14 @@ def _component(subject: Subject, name: str) -> Site:
             "components",
         )
     return site
+
+
+def _apart(sites: Sequence[Site]) -> None:
+    """See that no part is named twice: what it writes would be counted twice."""
+    for i, site in enumerate(sites):
+        for other in sites[:i]:
+            if site.whole == other.whole and (site.head is None or other.head is None or site.head == other.head):
+                raise SpecError(f"{site} and {other} are the same part, or one holds the other", "components")
 
 
 def _ablations(

@@ -24,7 +24,7 @@ from assay.base.errors import NumericalError, SpecError
 from assay.base.findings import Control
 from assay.base.rng import numpy_stream
 from assay.base.stats import Interval, Numbers, bootstrap_interval, permutation_p
-from assay.controls.labels import control_labels
+from assay.controls.labels import control_labels, label_array
 from assay.controls.verdicts import compare
 
 Fit = Callable[[Any, np.ndarray, Any], Any]
@@ -121,7 +121,8 @@ def selectivity(
         seed: Seed of the streams.
 
     Raises:
-        SpecError: The lengths differ, there is one class only, or there are too few types or groups to hold any out.
+        SpecError: The lengths differ, a label is missing, there is one class only, or there are too few types or groups
+            to hold any out.
         NumericalError: X holds numbers that are not finite, or a prediction is not.
 
     Source: Hewitt and Liang 2019, "Designing and interpreting probes with control tasks", sections 2 and 3; splits by
@@ -140,6 +141,7 @@ def selectivity(
         >>> found.memorisation.selectivity < 0.2 < found.generalisation.selectivity
         True
     """
+    X = np.asarray(X) if isinstance(X, list | tuple) else X
     labels = _checked(X, y, types, groups, n, splits, test, metric)
     drawn = list(_splits(labels, types, groups, splits, test, metric, seed))
     tasks = [labels, *_controls(labels, types, drawn, n, metric, seed)]
@@ -191,18 +193,25 @@ def score(y: Numbers, predicted: Numbers, metric: Metric = "accuracy") -> float:
             two classes that are in the right order, ties counting half).
 
     Raises:
-        SpecError: Predictions are scores where labels are needed, or the AUC is asked of other than two classes.
+        SpecError: The metric is unknown, the lengths differ, a label is missing, predictions are scores where labels
+            are needed, or the AUC is asked of other than two classes.
         NumericalError: A score is not finite.
 
     Example:
         >>> score([0, 0, 1, 1], [0, 1, 1, 1]), score([0, 0, 1, 1], [0.1, 0.9, 0.4, 0.8], "auc")
         (0.75, 0.5)
     """
-    truth, guess = np.asarray(y), np.asarray(predicted)
+    if metric not in get_args(Metric):
+        raise SpecError(f"metric is {metric!r}; valid: {', '.join(map(repr, get_args(Metric)))}", "metric")
+    truth, guess = label_array(y), np.asarray(predicted)
+    if truth.ndim != 1 or not truth.size or truth.shape != guess.shape:
+        raise SpecError(f"y has the shape {truth.shape}, predicted {guess.shape}; both need one entry a row", "y")
     classes = np.unique(truth)
     if metric == "auc":
         if classes.size != 2:
             raise SpecError(f"the AUC compares two classes, and there are {classes.size}", "metric")
+        if not np.issubdtype(guess.dtype, np.number):
+            raise SpecError("the AUC needs scores, and the predictions are labels; use metric='accuracy'", "metric")
         if not np.isfinite(guess.astype(np.float64)).all():
             raise NumericalError("a predicted score is not finite")
         from scipy.stats import rankdata
@@ -325,7 +334,7 @@ def _checked(
     test: float,
     metric: str,
 ) -> np.ndarray:
-    labels = np.asarray(y)
+    labels = label_array(y)
     lengths = {"X": len(X), "y": len(labels), "types": len(types), "groups": len(labels if groups is None else groups)}
     if labels.ndim != 1 or len(set(lengths.values())) > 1:
         raise SpecError(f"X, y, types and groups need one entry a row, got {lengths}", "y")
@@ -338,7 +347,7 @@ def _checked(
     for name, given in (("types", types), ("groups", groups)):
         if given is not None and len(set(given)) < 2:
             raise SpecError(f"{name} has {len(set(given))} value; at least two are needed to hold one out", name)
-    values = np.asarray(X) if isinstance(X, np.ndarray) else None
+    values = X.detach().cpu().double().numpy() if hasattr(X, "detach") else X if isinstance(X, np.ndarray) else None
     if values is not None and np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         flat = values.reshape(len(values), math.prod(values.shape[1:]))
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from assay.dictionaries.latents import SparseLatents
     from assay.dictionaries.metrics import reconstruction, recovered
     from assay.dictionaries.settings import Training
-    from assay.dictionaries.training.trainer import Trained, train
+    from assay.dictionaries.training.runs import Wanted, train, train_many
+    from assay.dictionaries.training.trainer import Trained
 
 _WHERE = {
     "activations": ("Activation", "Gated", "GroupMax", "JumpReLU", "ReLU", "TopK"),
@@ -39,7 +40,8 @@ _WHERE = {
     "formats.sites": ("after_gain",),
     "metrics": ("reconstruction", "recovered"),
     "settings": ("Training",),
-    "training.trainer": ("Trained", "train"),
+    "training.runs": ("Wanted", "train", "train_many"),
+    "training.trainer": ("Trained",),
     "latents": ("SparseLatents",),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
@@ -58,11 +60,13 @@ __all__ = [
     "TopK",
     "Trained",
     "Training",
+    "Wanted",
     "after_gain",
     "load",
     "reconstruction",
     "recovered",
     "train",
+    "train_many",
 ]
 
 

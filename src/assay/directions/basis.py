@@ -41,7 +41,7 @@ def dual(W: Float[Tensor, "k d"], *, ridge: float = 0.0, limit: float = LIMIT) -
         True
     """
     rows = _rows(W)
-    return _inverted(rows, ridge, limit).to(torch.as_tensor(W).dtype)
+    return _like(_inverted(rows, ridge, limit), W)
 
 
 def on_distribution_dual(
@@ -70,6 +70,8 @@ def on_distribution_dual(
         )
     if not bool(torch.isfinite(x).all()):
         raise NumericalError("the activations are not all finite")
+    if float((x - x[0]).abs().max()) <= 1e-14 * float(x.abs().max()):
+        raise NumericalError("the activations do not vary, so they come by no direction")
     covariance = torch.from_numpy(ledoit_wolf(x.numpy())[0])
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -77,7 +79,7 @@ def on_distribution_dual(
     if ridge:
         ridge = ridge * float((seen * seen).sum(1).mean())
     writes: Tensor = _inverted(seen, ridge, limit) @ root
-    return writes.to(torch.as_tensor(W).dtype)
+    return _like(writes, W)
 
 
 def condition(W: Float[Tensor, "k d"]) -> float:
@@ -107,10 +109,16 @@ def _rows(W: Tensor) -> Tensor:
     return rows
 
 
+def _like(values: Tensor, W: Tensor) -> Tensor:
+    """In the precision of W; whole numbers would cut them off."""
+    given = torch.as_tensor(W)
+    return values.to(given.dtype if given.is_floating_point() else torch.get_default_dtype())
+
+
 def _inverted(rows: Tensor, ridge: float, limit: float) -> Tensor:
     """`(rows rows^T + ridge)^-1 rows`, by the rows' own lengths first, so that those do not count as dependence."""
-    if ridge < 0:
-        raise SpecError(f"ridge is {ridge}; it must not be negative", "ridge")
+    if not ridge >= 0 or ridge == float("inf"):
+        raise SpecError(f"ridge is {ridge}; it must be finite and not negative", "ridge")
     if ridge:
         solved: Tensor = torch.linalg.solve(rows @ rows.T + ridge * torch.eye(len(rows), dtype=rows.dtype), rows)
         return solved

@@ -9,6 +9,7 @@ matrices with that property W' moves the outputs of typical inputs least. The us
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,9 @@ from assay.activations.edits import Add
 from assay.activations.subject import Subject, load
 from assay.activations.values import Run
 from assay.base.errors import NumericalError, SpecError
+from assay.directions.data import several
 from assay.subjects.block_points import linear_bias
-from assay.subjects.positions import At
+from assay.subjects.positions import At, Span
 from assay.subjects.tokens import Batch
 
 PREFIXES = ("", "In fact, ", "Yesterday, ", "As everybody knows, ", "The book says that ", "I was told: ", "However, ")
@@ -57,6 +59,9 @@ class Fact:
     essence: str = "{} is a"
 
     def __post_init__(self) -> None:
+        given = (self.prompt, self.subject, self.target, self.original, *self.paraphrases, self.essence)
+        if not all(isinstance(text, str) for text in given):
+            raise SpecError(f"a fact is made of texts; got {given}", "fact")
         for text in (self.prompt, *self.paraphrases, self.essence):
             if text.count("{}") != 1:
                 raise SpecError(f"{text!r} must have one {{}} where the subject goes", "prompt")
@@ -158,8 +163,10 @@ def key_covariance(
         progress: Told how many texts are done, of how many.
 
     Raises:
+        SpecError: Texts are no list of one or more.
         UnknownSite: The block's MLP has no such input (a mixture of experts).
     """
+    several(texts)
     site = f"blocks.{block}.mlp.post"
     total, n = None, 0
     for start in range(0, len(texts), batch):
@@ -170,8 +177,7 @@ def key_covariance(
             n += length
         if progress is not None:
             progress(min(start + batch, len(texts)), len(texts))
-    if total is None:
-        raise SpecError("a covariance needs at least one text", "texts")
+    assert total is not None
     return total.cpu() / n
 
 
@@ -221,15 +227,17 @@ def rome(
     out = subject.point(subject.site(f"blocks.{block}.mlp.out"))
     if subject.parts.factor != 1.0 or out.path != point.path:
         raise SpecError(f"{subject.name} norms or scales what its MLPs write; ROME is for MLPs that write it as it is")
-    prompts = [prefix + fact.asked(fact.prompt) for prefix in prefixes]
-    key, old = _key_and_value(subject, fact, block, prompts)
-    delta, losses = _search(subject, fact, block, prompts, old, steps, lr, kl, decay, reach)
+    key, old = _key_and_value(subject, fact, block, prefixes)
+    delta, losses = _search(subject, fact, block, prefixes, old, steps, lr, kl, decay, reach)
     wide = key.double()
     matrix = covariance.double()
     matrix = matrix + ridge * float(torch.diagonal(matrix).mean()) * torch.eye(len(matrix), dtype=torch.float64)
     if matrix.shape != (len(wide), len(wide)):
         raise SpecError(f"the covariance is {tuple(matrix.shape)}; {site} has {len(wide)} dimensions", "covariance")
-    solved = torch.linalg.solve(matrix, wide)
+    try:
+        solved = torch.linalg.solve(matrix, wide)
+    except RuntimeError as error:  # torch's LinAlgError
+        raise NumericalError(f"the covariance is singular: give more text, or ridge= ({error})") from error
     edited = copy.deepcopy(subject.module)
     module = edited.get_submodule(point.path)
     conv = type(module).__name__ == "Conv1D"
@@ -279,20 +287,32 @@ def continuation(subject: Subject, prompts: Sequence[str], text: str) -> list[fl
     """The log-probability of a text of one token or more after each prompt, in nats.
 
     Raises:
-        SpecError: The text adds no token to a prompt.
+        SpecError: The text adds no token to a prompt, or changes those that the prompt has.
     """
     if not prompts:
         return []
-    lengths = subject.batch(list(prompts)).lengths
+    alone = subject.batch(list(prompts))
     run = subject.run([prompt + text for prompt in prompts])
     found = []
-    for row, (start, whole, prompt) in enumerate(zip(run.batch.starts, run.batch.lengths, lengths, strict=True)):
-        if whole <= prompt:
-            raise SpecError(f"{text!r} adds no token to {prompts[row]!r}; give it with its leading space", "target")
+    _adds(alone, run.batch, prompts, text)
+    for row, (start, whole, prompt) in enumerate(zip(run.batch.starts, run.batch.lengths, alone.lengths, strict=True)):
         logs = run.logits[row, start + prompt - 1 : start + whole - 1].float().log_softmax(-1)
         ids = run.batch.ids[row, start + prompt : start + whole].to(logs.device)
         found.append(float(logs[torch.arange(len(ids)), ids].sum()))
     return found
+
+
+def _adds(alone: Batch, longer: Batch, prompts: Sequence[str], text: str) -> None:
+    """See that prompts with a text behind them have their own tokens, and then more."""
+    for row, prompt in enumerate(prompts):
+        before, after = alone.prompt(row), longer.prompt(row)
+        if len(after) <= len(before):
+            raise SpecError(f"{text!r} adds no token to {prompt!r}; give it with its leading space", "target")
+        if list(after[: len(before)]) != list(before):
+            raise SpecError(
+                f"{text!r} changes the tokens of {prompt!r}: end prompts before a space, and begin the text with it",
+                "target",
+            )
 
 
 def _answers(subject: Subject, prompts: Sequence[str], fact: Fact) -> Answers:
@@ -307,29 +327,36 @@ def _last(run: Run) -> Tensor:
     return run.logits[torch.arange(len(ends)), torch.tensor(ends)].float()
 
 
-def _columns(batch: Batch, fact: Fact) -> list[int]:
-    """The column of the subject's last token in each prompt; its first token has a leading space or not."""
+def _columns(batch: Batch, fact: Fact, openings: Sequence[str]) -> list[int]:
+    """The column of the last token of the subject where the prompt asks for it, after an opening text in each prompt.
+
+    The subject may be said before, in the opening too. Its first token has a leading space or not.
+    """
     found = []
-    for row in range(batch.size):
+    for row, opening in enumerate(openings):
+        start = len(opening) + len(fact.subject) - len(fact.subject.lstrip())
+        spelled = set()
         for text in (fact.subject, " " + fact.subject):
-            try:
-                columns = batch.columns(At(text, occurrence=0, tokens="last"), [row])
-                assert columns is not None
-                found.append(columns[row][0])
-            except IndexError:
-                continue
-            break
-        else:
+            with contextlib.suppress(IndexError):
+                spelled |= set((batch.columns(At(text, occurrence="all", tokens="last"), [row]) or [])[row])
+        here = batch.columns(Span(start, start + len(fact.subject.strip())), [row]) if spelled else None
+        if here is None or here[row][-1] not in spelled:
             raise SpecError(f"the tokens of prompt {row} do not spell the subject {fact.subject!r}", "subject")
+        found.append(here[row][-1])
     return found
 
 
+def _openings(fact: Fact, prefixes: Sequence[str]) -> list[str]:
+    """What stands before the subject in each prompt."""
+    return [prefix + fact.prompt.partition("{}")[0] for prefix in prefixes]
+
+
 @torch.no_grad()
-def _key_and_value(subject: Subject, fact: Fact, block: int, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _key_and_value(subject: Subject, fact: Fact, block: int, prefixes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """k* over the prompts, and what the MLP gives there on average of them."""
     site, out = f"blocks.{block}.mlp.post", f"blocks.{block}.mlp.out"
-    run = subject.run(list(prompts), capture=[site, out])
-    columns = _columns(run.batch, fact)
+    run = subject.run([prefix + fact.asked(fact.prompt) for prefix in prefixes], capture=[site, out])
+    columns = _columns(run.batch, fact, _openings(fact, prefixes))
     keys = torch.stack([run[site][row, column] for row, column in enumerate(columns)]).float()
     values = torch.stack([run[out][row, column] for row, column in enumerate(columns)]).float()
     return keys.mean(0).cpu(), values.mean(0).cpu()
@@ -339,7 +366,7 @@ def _search(
     subject: Subject,
     fact: Fact,
     block: int,
-    prompts: Sequence[str],
+    prefixes: Sequence[str],
     old: Tensor,
     steps: int,
     lr: float,
@@ -349,15 +376,17 @@ def _search(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The delta at the MLP's output that makes the model say the target after every prompt."""
     site = f"blocks.{block}.mlp.out"
+    prompts = [prefix + fact.asked(fact.prompt) for prefix in prefixes]
     n = len(prompts)
     essence = fact.asked(fact.essence)
-    lengths = subject.batch(list(prompts)).lengths
+    alone = subject.batch(prompts)
     batch = subject.batch([*(prompt + fact.target for prompt in prompts), essence])
-    columns = _columns(batch, fact)
+    columns = _columns(batch, fact, [*_openings(fact, prefixes), fact.essence.partition("{}")[0]])
     where = [[column - start] for column, start in zip(columns, batch.starts, strict=True)]
-    spans = [(batch.starts[row] + lengths[row] - 1, batch.starts[row] + batch.lengths[row] - 1) for row in range(n)]
-    if any(last <= first for first, last in spans):
-        raise SpecError(f"{fact.target!r} adds no token to the prompt; give it with its leading space", "target")
+    _adds(alone, batch, prompts, fact.target)
+    spans = [
+        (batch.starts[row] + alone.lengths[row] - 1, batch.starts[row] + batch.lengths[row] - 1) for row in range(n)
+    ]
     end = batch.starts[n] + batch.lengths[n] - 1
     with torch.no_grad():
         before = subject.run(batch).logits[n, end].float().log_softmax(-1)

@@ -59,6 +59,14 @@ class Labelled:
         """The hash of everything."""
         return digest([self.texts, self.labels, self.groups, self.templates])
 
+    @property
+    def repeated(self) -> int:
+        """How many texts stand in more than one group, so that a split by group may have them on both sides."""
+        groups: dict[str, set[str]] = {}
+        for text, group in zip(self.texts, self.groups, strict=True):
+            groups.setdefault(text, set()).add(group)
+        return sum(len(found) > 1 for found in groups.values())
+
     def rows(self, keep: Sequence[int]) -> Labelled:
         """Some of the rows."""
         return Labelled(
@@ -80,7 +88,7 @@ class Labelled:
         """
         file = user_path(path)
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"{file} cannot be read: {error}", "data") from error
         rows = [_row(line, f"{file}, line {number}", number) for number, line in enumerate(lines, 1) if line.strip()]
@@ -107,6 +115,6 @@ def _row(line: str, where: str, number: int) -> tuple[str, int | str, str, str]:
     return (
         row["text"],
         int(label) if isinstance(label, bool) else label,
-        str(row.get("group", f"row {number}")),
-        str(row.get("template", "")),
+        f"row {number}" if row.get("group") is None else str(row["group"]),
+        "" if row.get("template") is None else str(row["template"]),
     )

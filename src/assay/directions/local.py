@@ -21,6 +21,7 @@ from torch import Tensor
 from assay.activations.subject import Subject
 from assay.base.errors import NumericalError, SpecError
 from assay.base.stats import Interval, bootstrap_interval
+from assay.directions.data import several
 
 KS = (1, 2, 5, 10, 20)
 
@@ -79,7 +80,8 @@ def local_processing(
         progress: Told how many runs of documents are done, of how many.
 
     Raises:
-        SpecError: There are fewer than three documents, one is too short, or k is not a whole number of 1 or more.
+        SpecError: Texts are no list, there are fewer than three documents, one is too short, or k is not a whole number
+            of 1 or more.
         NumericalError: All documents have the same activation at a site.
 
     Example:
@@ -88,6 +90,7 @@ def local_processing(
         >>> found.cosine.shape, bool((found.cosine[:, 1] > 0.999).all())
         ((6, 2), True)
     """
+    several(texts)
     rows = _ids(subject, texts)
     kept = tuple(sorted({int(k) for k in ks}))
     shortest = min(len(row) for row in rows)

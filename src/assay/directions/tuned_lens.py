@@ -27,6 +27,7 @@ from assay.base.artifacts import user_path, write_safetensors
 from assay.base.errors import DamagedFile, NumericalError, SpecError
 from assay.base.rng import numpy_stream
 from assay.base.stats import Interval, bootstrap_interval
+from assay.directions.data import several
 from assay.directions.vectors import Origin
 from assay.subjects.norms import read_norm
 
@@ -61,10 +62,12 @@ class TunedLens:
         """`h + A h + b`: the stream of a layer as the final layer would write it.
 
         Raises:
-            SpecError: The lens has no map for the site.
+            SpecError: The lens has no map for the site, or the stream has another width.
         """
         if site not in self.sites:
             raise SpecError(f"the lens reads {self.sites[0]} to {self.sites[-1]}, not {site}", "site")
+        if stream.shape[-1] != self.bias.shape[1]:
+            raise SpecError(f"the lens reads {self.bias.shape[1]} numbers; got {tuple(stream.shape)}", "stream")
         i = self.sites.index(site)
         h = stream.float()
         out: Tensor = h + h @ self.weight[i].to(h).T + self.bias[i].to(h)
@@ -205,8 +208,11 @@ def train_tuned_lens(
 
     Source: Belrose et al. 2023, "Eliciting latent predictions from transformers with the tuned lens", section 3.
     """
-    if not len(texts) or steps < 1 or batch < 1:
-        raise SpecError("training a lens needs texts, and steps and batch of one or more", "texts")
+    several(texts)
+    if optimiser not in ("sgd", "adam"):
+        raise SpecError(f"optimiser is {optimiser!r}; valid: 'sgd', 'adam'", "optimiser")
+    if steps < 1 or batch < 1:
+        raise SpecError("training a lens needs steps and batch of one or more", "steps")
     sites, d = lens_sites(subject), subject.parts.d_model
     weight = torch.zeros(len(sites), d, d, requires_grad=True)
     bias = torch.zeros(len(sites), d, requires_grad=True)
@@ -260,8 +266,7 @@ def lens_divergence(
         SpecError: The lens was trained for another unembedding, or there are no texts.
     """
     lens.check(subject)
-    if not len(texts):
-        raise SpecError("a divergence needs at least one text", "texts")
+    several(texts)
     plain: list[list[float]] = [[] for _ in lens.sites]
     tuned: list[list[float]] = [[] for _ in lens.sites]
     for start in range(0, len(texts), batch):

@@ -100,10 +100,13 @@ class Probe:
 
     def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
         """The readout of activations at the site."""
-        if x.shape[-1] != len(self.weight):
+        x = torch.as_tensor(x)
+        if x.shape[-1:] != self.weight.shape:
             raise SpecError(f"the probe reads {len(self.weight)} numbers at {self.site}; got {tuple(x.shape)}", "x")
-        weight = self.weight.to(x)
-        readout: Tensor = x @ weight + self.bias
+        if not x.is_floating_point():
+            raise SpecError(f"activations are floating point; got {x.dtype}", "x")
+        wide = x if x.dtype == torch.float64 else x.float()  # half precision would round the weight
+        readout: Tensor = (wide @ self.weight.to(wide) + self.bias).to(x.dtype)
         return readout
 
     def check(self, subject: Model) -> None:
@@ -128,7 +131,7 @@ class Probe:
             DamagedFile: It is no such file.
         """
         vector, about = _load(path, "probe")
-        return cls(weight=vector, origin=Origin.from_dict(about.pop("origin")), **about)
+        return cls(weight=vector, **about)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,7 +164,8 @@ class Direction:
     @property
     def unit(self) -> Float[Tensor, " d"]:
         """The vector with norm 1."""
-        unit: Tensor = self.vector / self.vector.norm()
+        wide = self.vector.double()  # the square of a small or large float32 is no float32
+        unit: Tensor = (wide / wide.norm()).float()
         return unit
 
     @classmethod
@@ -193,7 +197,7 @@ class Direction:
             limit: See `dual`.
 
         Raises:
-            SpecError: Something is missing, or probes of different sites are given.
+            SpecError: Something is missing, or probes of different sites, widths or models are given.
             NumericalError: The probes are too nearly dependent.
         """
         if how not in get_args(Conversion):
@@ -205,6 +209,7 @@ class Direction:
             )
         if how == "on-distribution dual" and activations is None:
             raise SpecError("the on-distribution dual needs activations at the site", "activations")
+        _alike(probe, others)
         rows = torch.stack([probe.weight, *(other.weight for other in others)])
         if how == "as is":
             vector = probe.weight
@@ -236,8 +241,10 @@ class Direction:
         """The edit `x + dose * size * unit`: a dose of 1 adds as much as the site typically holds.
 
         Raises:
-            SpecError: The size is not known.
+            SpecError: The size is not known, or the dose is not finite.
         """
+        if not math.isfinite(dose):
+            raise SpecError(f"the dose is {dose}; it must be finite", "dose")
         if not math.isfinite(self.size) or self.size <= 0:
             raise SpecError(
                 f"the direction at {self.site} does not know the typical norm there (size is {self.size}), which is "
@@ -284,18 +291,33 @@ class Direction:
         """
         vector, about = _load(path, "direction")
         size = about.pop("size")
-        origin = Origin.from_dict(about.pop("origin"))
-        return cls(vector=vector, size=math.nan if size is None else size, origin=origin, **about)
+        return cls(vector=vector, size=math.nan if size is None else size, **about)
 
 
 def _vector(value: Any, name: str) -> Tensor:
-    vector = torch.as_tensor(value)
+    try:
+        vector = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"{name} must be numbers [d]: {error}", name) from error
     if vector.ndim != 1 or not len(vector):
         raise SpecError(f"{name} has the shape {tuple(vector.shape)}; it must be one vector [d]", name)
     vector = vector.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
         raise NumericalError(f"the {name} is zero or not finite")
     return vector
+
+
+def _alike(probe: Probe, others: Sequence[Probe]) -> None:
+    """See that probes read as many numbers, and were fitted on one model where that is known."""
+    for other in others:
+        if len(other.weight) != len(probe.weight):
+            raise SpecError(f"the probe reads {len(probe.weight)} numbers, another {len(other.weight)}", "others")
+        mine, its = probe.origin.subject, other.origin.subject
+        if mine and its and mine != its:
+            raise SpecError(
+                f"the probe was fitted on the weights {mine[:12]}, another on {its[:12]}; give probes of one model",
+                "others",
+            )
 
 
 def _check(vector: Probe | Direction, subject: Model, d: int) -> None:
@@ -307,8 +329,8 @@ def _check(vector: Probe | Direction, subject: Model, d: int) -> None:
             "fit it again, or set origin=Origin(method=...) if you mean to carry it over",
             "subject",
         )
-    subject.site(vector.site)
-    width = subject.parts.d_model if vector.site.rpartition(".")[2].startswith("resid") else d
+    point = subject.site(vector.site).point
+    width = subject.parts.d_model if point == "embed" or point.startswith("resid") or point.endswith(".out") else d
     if width != d:
         raise SpecError(f"this {kind} has {d} numbers, and {vector.site} of {subject.name} has {width}", "subject")
 
@@ -324,10 +346,14 @@ def _load(path: str | Path, kind: str) -> tuple[Tensor, dict[str, Any]]:
     file = user_path(path)
     try:
         with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("assay", "{}"))
+            about = dict(json.loads((opened.metadata() or {}).get("assay", "{}")))
+            if about.pop("format", None) != FORMAT or about.pop("kind", None) != kind:
+                raise DamagedFile(f"{file} holds no {kind} that assay wrote")
+            about["origin"] = Origin.from_dict(about["origin"])
             vector = opened.get_tensor("vector")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFile(f"{file} is no {kind}: {error}") from error
-    if about.pop("format", None) != FORMAT or about.pop("kind", None) != kind:
-        raise DamagedFile(f"{file} holds no {kind} that assay wrote")
+    missing = {"probe": {"site", "bias", "reads", "positions"}, "direction": {"site", "size", "writes", "level"}}[kind]
+    if missing - set(about):
+        raise DamagedFile(f"{file} is no {kind}: it lacks {', '.join(sorted(missing - set(about)))}")
     return vector, about

@@ -57,7 +57,9 @@ class Study(BaseModel):
     def read(cls, path: str | Path) -> Study:
         """Read a study from a JSON file: `{"method": ..., "model": ..., "spec": {...}, "seed": 0}`.
 
-        A file that the spec names is looked for beside the study's own file, unless its path is absolute.
+        A file that the spec names is looked for beside the study's own file, unless its path is absolute. The
+        `study.json` of a result's folder is read too: its files are named as they were given, so they are looked for
+        from the folder in which that study ran.
 
         Raises:
             SpecError: The file cannot be read, is not JSON, or holds no valid study.
@@ -69,6 +71,8 @@ class Study(BaseModel):
             raise SpecError(f"{str(path)!r} is no study that can be read: {error}", field="path") from error
         if not isinstance(data, dict):
             raise SpecError(f"{str(path)!r} holds a {type(data).__name__}; a study is a JSON object", field="path")
+        if isinstance(data.get("study"), dict) and "key" in data:  # what a run wrote beside its report
+            return cls(**data["study"])
         study = cls(**data)
         here = {
             name: file.parent / getattr(study.spec, name)

@@ -18,7 +18,7 @@ from assay.base.errors import SpecError
 from assay.dictionaries import load
 from assay.dictionaries.settings import Training
 from assay.dictionaries.training.mesh import Mesh, mesh
-from assay.dictionaries.training.trainer import train
+from assay.dictionaries.training.runs import train
 from assay.zoo.features import SITE, Features
 
 ASKED = {
@@ -49,7 +49,7 @@ CHILD = """
 import json, sys, torch
 torch.set_num_threads(1)
 from assay.dictionaries.settings import Training
-from assay.dictionaries.training.trainer import train
+from assay.dictionaries.training.runs import train
 from assay.zoo.features import SITE, Features
 
 for job in json.loads(sys.argv[1]):

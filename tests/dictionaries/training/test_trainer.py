@@ -16,8 +16,8 @@ import torch
 from assay.base.errors import DamagedFile, NumericalError, SpecError, UnknownSite
 from assay.dictionaries import CrossLayer, load
 from assay.dictionaries.settings import Training
+from assay.dictionaries.training.runs import train
 from assay.dictionaries.training.source import Rows
-from assay.dictionaries.training.trainer import train
 from assay.zoo.features import SITE, Features
 
 SMALL = {"latents": 64, "steps": 30, "batch": 128, "dead_after": 2000}
@@ -71,7 +71,7 @@ CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 from assay.dictionaries.settings import Training
-from assay.dictionaries.training.trainer import train
+from assay.dictionaries.training.runs import train
 from assay.zoo.features import SITE, Features
 train(Features(n=48, d=16, active=2, batch=128), Training(family="batchtopk", k=4, latents=64, steps=4000, batch=128),
       reads=SITE, out=sys.argv[1], checkpoint_every=3)

@@ -65,7 +65,8 @@ def test_what_chance_would_give_on_other_words_is_supported(subject: Any, data: 
 def test_one_word_of_a_class_tests_nothing(subject: Any, data: Path) -> None:
     spec = {"data": data, "site": "blocks.2.resid_post", "random": 19, "texts": 2}
     found = Study(method="erase", spec=spec).run(subject=subject)
-    assert found.tagged("erased")[0].verdict == "not testable"
+    (gone,) = found.tagged("erased")
+    assert gone.verdict == "not testable" and gone.interval is None and "cannot be resampled" in gone.interval_note
     assert "no interval over groups" in found.warnings[0]
 
 

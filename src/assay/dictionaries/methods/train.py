@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,9 @@ class TrainSpec(Training):
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between two checkpoints.")
     share_latents: int = Field(
         default=1, ge=1, description="Under torchrun, how many processes divide the latents; others divide each batch."
+    )
+    log: Literal["trackio", "wandb"] | None = Field(
+        default=None, description="Show curves while they grow, in trackio or Weights & Biases."
     )
     seed: int = Field(default=0, ge=0, description="The study's seed.", json_schema_extra={"cli": False})
 

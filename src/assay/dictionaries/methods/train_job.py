@@ -193,7 +193,7 @@ class _Measured:
 
     def trained(self, settings: Training, out: Path, progress: Progress | None) -> Any:
         """Train with these settings, or go on where a run in that folder stopped."""
-        from assay.dictionaries.training.trainer import train
+        from assay.dictionaries.training.runs import train
 
         return train(
             self.data.source(self.seed),
@@ -205,6 +205,7 @@ class _Measured:
             checkpoint_every=self.spec.checkpoint_every,
             model=self.subject.reference or self.subject.name,
             share_latents=self.spec.share_latents,
+            log=self.spec.log,
             progress=progress,
         )
 

@@ -96,6 +96,10 @@ class Mesh:
         """The sum of a number over the processes that have other rows."""
         return float(self.over_data(torch.tensor(value, dtype=torch.float64))) if self.data > 1 else value
 
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.number(0.0)
+
     def gathered(self, value: Tensor, *, along: str) -> list[Tensor]:
         """What each process along "latent" (or "all") has, in order; lengths may differ along the first dimension."""
         world = self.latent if along == "latent" else self.size

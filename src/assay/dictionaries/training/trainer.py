@@ -1,39 +1,27 @@
-"""The loop: batches in, steps, curves, checkpoints, and a finished dictionary out.
-
-The same call after an interruption goes on from the last whole checkpoint and ends in the same bits (on a CPU, with the
-same number of threads): the batch of a step depends on the step, and everything else that a step depends on is in the
-checkpoint.
-"""
+"""One dictionary in training: batches in, steps and curves, and a finished dictionary out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from assay.activations.source import Source
-from assay.base.artifacts import user_path, write_parquet
-from assay.base.errors import SpecError, UnknownSite, nearest
-from assay.base.method import Progress
-from assay.base.sites import parse_site
+from assay.base.errors import SpecError
 from assay.dictionaries.crosslayer import CrossLayer
 from assay.dictionaries.dictionary import Card, Dictionary, Site
 from assay.dictionaries.families import FAMILIES, Part
 from assay.dictionaries.settings import Training
-from assay.dictionaries.training import checkpoints
 from assay.dictionaries.training.begin import begin
 from assay.dictionaries.training.dead import resample
-from assay.dictionaries.training.mesh import Merged, Mesh, mesh
+from assay.dictionaries.training.mesh import Merged, Mesh
 from assay.dictionaries.training.source import mean_length, side_by_side
 from assay.dictionaries.training.step import Report, apply, forward_backward
 
 _ALONE = Mesh()
-_CURVES = ("step", "squared_error", "fvu", "l0", "dead", "penalty")
+CURVES = ("step", "squared_error", "fvu", "l0", "dead", "penalty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,7 +103,7 @@ class Trainer:
         apply(state, settings, self._kernels, gradients, self.mesh)
         if settings.dead == "resample" and state.step % settings.resample_every == 0 and not self._settling():
             resample(state, settings, x, error, self.mesh)
-        self.curves.append((float(state.step), *(float(getattr(report, name)) for name in _CURVES[1:])))
+        self.curves.append((float(state.step), *(float(getattr(report, name)) for name in CURVES[1:])))
         return report
 
     def finished(self) -> Dictionary | CrossLayer:
@@ -153,7 +141,7 @@ class Trainer:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything a checkpoint needs."""
-        curves = np.asarray(self.curves, dtype=np.float64).reshape(-1, len(_CURVES))
+        curves = np.asarray(self.curves, dtype=np.float64).reshape(-1, len(CURVES))
         return self.state.arrays() | {"curves": curves, "mean_norm": np.asarray(self.mean_norm)}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -176,110 +164,3 @@ class Trainer:
     def _settling(self) -> bool:
         """Whether the rate is already falling: a latent that starts again then has no time to learn."""
         return self.state.step >= self.settings.steps * (1 - self.settings.decay)
-
-
-def train(
-    source: Source,
-    settings: Training,
-    *,
-    reads: str | Sequence[str],
-    writes: str | Sequence[str] | None = None,
-    cross_layer: bool = False,
-    out: str | Path | None = None,
-    checkpoint_every: int = 500,
-    model: str = "",
-    share_latents: int = 1,
-    progress: Progress | None = None,
-) -> Trained:
-    """Train one dictionary.
-
-    Args:
-        source: Where rows come from.
-        settings: How it is trained.
-        reads: The site it reads, or several for a crosscoder or a cross-layer transcoder.
-        writes: What it reconstructs, where that is not what it reads.
-        cross_layer: Latents of each site that is read write to the site of the same place and every later one.
-        out: A folder for the finished dictionary, its curves and its checkpoints; a run that was interrupted goes
-            on from there. Nothing is written where it is not given.
-        checkpoint_every: Steps between two checkpoints.
-        model: Goes onto the card.
-        share_latents: Under torchrun, how many processes divide the latents; the others divide each batch.
-        progress: Told after every step.
-
-    Raises:
-        UnknownSite: The source has no such site.
-        SpecError: The folder holds another run, or what is asked cannot be divided among the processes.
-        NumericalError: A row or the loss is not finite.
-        OutputError: Something cannot be written.
-
-    Example:
-        >>> from assay.dictionaries.training.source import Rows
-        >>> rows = Rows({"blocks.0.resid_post": torch.randn(512, 8, generator=torch.manual_seed(0))}, batch=64)
-        >>> trained = train(rows, Training(latents=16, k=2, steps=20, batch=64), reads="blocks.0.resid_post")
-        >>> trained.dictionary, trained.steps
-        (Dictionary(sae topk, 16 latents, blocks.0.resid_post), 20)
-    """
-    read, write = _sites(source, reads), _sites(source, writes) if writes else None
-    grid = mesh(share_latents)
-    folder = user_path(out) if out is not None else None
-    asked = {
-        "settings": settings.model_dump(mode="json"),
-        "reads": list(read),
-        "writes": list(write or read),
-        "cross_layer": cross_layer,
-        "data": dict(source.describe()),
-        "processes": [grid.data, grid.latent],
-    }
-    kept = folder / "checkpoints" if folder is not None else None
-    if kept is not None and grid.size > 1:
-        kept /= f"rank_{grid.rank}"
-    found = _agreed(kept, asked, grid)
-    # what the first rows decide is in a checkpoint, and a stream need not be filled twice
-    first = source.batch(0) if found is None else {n: torch.ones(1, w) for n, w in source.widths.items()}
-    trainer = Trainer(settings, first, read, write, cross_layer=cross_layer, model=model, mesh=grid)
-    if found is not None:
-        trainer.restore(found.arrays)
-        source.restore(found.source)
-    while not trainer.done:
-        step = trainer.state.step
-        report = trainer.step(source.batch(step))
-        if progress is not None:
-            progress(step + 1, settings.steps, f"fvu {report.fvu:.3f}, L0 {report.l0:.1f}, dead {report.dead:.1%}")
-        if kept is not None and ((step + 1) % checkpoint_every == 0 or trainer.done):
-            now = checkpoints.Checkpoint(step=step + 1, arrays=trainer.arrays(), asked=asked, source=source.state())
-            checkpoints.write(kept, now)
-    dictionary = trainer.finished()
-    columns = np.asarray(trainer.curves).reshape(-1, len(_CURVES)).T
-    curves = dict(zip(_CURVES, columns, strict=True))
-    if folder is not None and grid.rank == 0:
-        write_parquet(folder / "curves.parquet", {name: column.tolist() for name, column in curves.items()})
-        dictionary.save(folder / "dictionary")
-    resumed = 0 if found is None else found.step
-    return Trained(dictionary=dictionary, curves=curves, steps=trainer.state.step, resumed_at=resumed)
-
-
-def _agreed(folder: Path | None, asked: Mapping[str, Any], grid: Mesh) -> checkpoints.Checkpoint | None:
-    """The newest checkpoint that every process has, or None."""
-    if folder is None:
-        return None
-    newest = checkpoints.latest(folder, asked)
-    if grid.size == 1:
-        return newest
-    steps = [int(n) for n in grid.gathered(torch.tensor([newest.step if newest else 0]), along="all")]
-    if min(steps) == 0:
-        return None
-    return newest if newest and newest.step == min(steps) else checkpoints.latest(folder, asked, at=min(steps))
-
-
-def _sites(source: Source, asked: str | Sequence[str]) -> tuple[str, ...]:
-    names = (asked,) if isinstance(asked, str) else tuple(asked)
-    known = source.widths
-    found = []
-    for name in names:
-        canonical = name if name in known else str(parse_site(name))
-        if canonical not in known:
-            raise UnknownSite(f"the data have no site {name!r}{nearest(name, known)}; they have {', '.join(known)}")
-        found.append(canonical)
-    if len(set(found)) != len(found):
-        raise SpecError(f"a site is named twice: {', '.join(names)}", "reads")
-    return tuple(found)

@@ -19,9 +19,10 @@ from torch import Tensor
 from assay.activations.edits import Edit, Positions
 from assay.activations.subject import Subject
 from assay.activations.values import Run
-from assay.base.errors import SpecError
+from assay.base.errors import NumericalError, SpecError
 from assay.base.rng import numpy_stream
 from assay.base.stats import Interval, bootstrap_interval, permutation_p
+from assay.directions.data import several
 from assay.directions.erasure.eraser import Eraser, activation_rows
 from assay.directions.erasure.leace import LabelledMoments
 from assay.directions.vectors import Origin
@@ -99,6 +100,8 @@ def random_erasers(
         [2, 2, 2]
     """
     k, d = eraser.read.shape
+    if n < 1:
+        raise SpecError(f"n is {n}; at least one eraser is drawn", "n")
     if not k:
         raise SpecError("the eraser takes nothing out, so there is no rank to match", "eraser")
     if kind not in ("isotropic", "covariance-matched"):
@@ -111,6 +114,8 @@ def random_erasers(
         rows = activation_rows(activations, "activations")
         if rows.shape[1] != d or len(rows) <= k:
             raise SpecError(f"activations are {rows.shape}; they must be [more than {k} rows, {d}]", "activations")
+        if np.ptp(rows, axis=0).max() <= 1e-14 * np.abs(rows).max():
+            raise NumericalError("the activations do not vary, so no direction can be drawn from them")
         rows = rows - rows.mean(axis=0)
         if not eraser.orthogonal:
             moments = LabelledMoments.of(rows, np.zeros((len(rows), 1)))
@@ -152,8 +157,9 @@ def amnesic(
     Source: Elazar et al. 2021, "Amnesic probing", with random erasures of the same rank as the control.
     """
     eraser.check(subject)
-    if not len(texts) or not arms or not all(arms.values()):
-        raise SpecError("amnesic probing needs texts, and at least one arm of random erasers", "arms")
+    several(texts)
+    if not arms or not all(arms.values()):
+        raise SpecError("amnesic probing needs at least one arm of random erasers", "arms")
     wrong = {name: other.rank for name, many in arms.items() for other in many if other.rank != eraser.rank}
     if wrong:
         raise SpecError(f"the eraser takes out {eraser.rank} dimensions, arms take out {wrong}", "arms")

@@ -21,6 +21,7 @@ from torch import Tensor
 from assay.activations.edits import Add, Apply, Edit, Positions, ProjectOut
 from assay.base.artifacts import user_path, write_safetensors
 from assay.base.errors import DamagedFile, NumericalError, SpecError
+from assay.controls.labels import label_array
 from assay.directions.vectors import Origin
 from assay.subjects.model import Model
 
@@ -190,9 +191,9 @@ def class_columns(y: Any, rows: int) -> tuple[Shaped[np.ndarray, " classes"], Fl
     """The classes of labels, and a column of zeros and ones for each.
 
     Raises:
-        SpecError: There is not one label a row, or there is one class only.
+        SpecError: There is not one label a row, one is missing, or there is one class only.
     """
-    labels = np.asarray(y)
+    labels = label_array(y)
     if labels.shape != (rows,):
         raise SpecError(f"y has the shape {labels.shape}; it must have one label for each of {rows} rows", "y")
     classes = np.unique(labels)

@@ -66,7 +66,8 @@ def inlp(
         origin: Where rows and labels come from.
 
     Raises:
-        SpecError: The shapes do not fit, there is one class only, or the groups are too few to split.
+        SpecError: The shapes do not fit, there is one class only, the groups are too few to split, or there
+            are no rounds.
         NumericalError: A row is not finite.
 
     Source: Ravfogel et al. 2020, "Null it out", algorithm 1, with one basis of all rows in place of a product.
@@ -84,6 +85,8 @@ def inlp(
     labels = z.argmax(axis=1)
     if not 0 < held_out < 1:
         raise SpecError(f"held_out is {held_out}; it must be between 0 and 1", "held_out")
+    if rounds < 1 or not c > 0:
+        raise SpecError(f"rounds={rounds}, c={c}: at least one probe, and an inverse regularisation above 0", "rounds")
     split = grouped_split(range(len(labels)) if groups is None else groups, labels, test=held_out, seed=seed)
     fit, held = split.train, split.test
     mean = rows[fit].mean(axis=0)

@@ -11,10 +11,11 @@ import numpy as np
 from assay.base.errors import NumericalError, SpecError, UnsupportedArchitecture
 from assay.base.findings import Findings
 from assay.base.method import Context, Progress, StepSpec
+from assay.base.snippets import snippet
 from assay.directions.methods.behaviour import BehaviourSpec
 from assay.directions.methods.behaviour_prompts import Prompts
 from assay.directions.methods.behaviour_report import DRAWN, Report
-from assay.directions.methods.common import RATE, mean_tokens, snippet
+from assay.directions.methods.common import RATE, mean_tokens
 
 WEIGHTS = 19
 
@@ -67,7 +68,7 @@ def run(subject: Any, spec: BehaviourSpec, ctx: Context) -> Findings:
         found=found,
         weights=weights,
         untrained=[float(row["drop"]) for row in untrained],
-        python=snippet(subject, "behaviour", spec, ctx.seed),
+        python=snippet(subject.reference, "behaviour", spec, ctx.seed),
         ctx=ctx,
     )
     claims = report.findings()

@@ -12,7 +12,8 @@ from assay.base.errors import SpecError
 from assay.base.findings import Findings
 from assay.base.method import Context, Progress, StepSpec
 from assay.base.rng import numpy_stream
-from assay.directions.methods.common import RATE, snippet
+from assay.base.snippets import snippet
+from assay.directions.methods.common import RATE
 from assay.directions.methods.dual_basis import DualBasisSpec
 from assay.directions.methods.dual_basis_report import DRAWN, FORMS, PLACES, Inputs, Report
 
@@ -61,7 +62,7 @@ def run(subject: Any, spec: DualBasisSpec, ctx: Context) -> Findings:
     guard = ctx.step(third, lambda progress: measured.guard(fitted, progress))
     ctx.artifact("vectors", arrays={form: np.asarray(fitted[form]) for form in FORMS})
     ctx.artifact("probes", arrays={place: np.asarray(fitted[f"{place} weight"]) for place in PLACES})
-    python = snippet(subject, "dual-basis", spec, ctx.seed)
+    python = snippet(subject.reference, "dual-basis", spec, ctx.seed)
     report = Report(
         inputs=inputs, spec=spec, sites=sites, fitted=fitted, moved=moved, guard=guard, python=python, ctx=ctx
     )

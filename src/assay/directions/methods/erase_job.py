@@ -12,13 +12,14 @@ import numpy as np
 from assay.base.errors import NothingFound
 from assay.base.findings import Finding, Findings, Verdict
 from assay.base.method import Context, Progress, StepSpec
+from assay.base.snippets import snippet
 from assay.base.stats import Interval
 from assay.base.views import Distribution, View
 from assay.controls.verdicts import compare, verdict
 from assay.directions.labelled import Labelled
-from assay.directions.methods.common import POSITIONS, RATE, mean_tokens, snippet
+from assay.directions.methods.common import POSITIONS, RATE, mean_tokens
 from assay.directions.methods.erase import EraseSpec
-from assay.directions.methods.rows import codes, two_classes
+from assay.directions.methods.rows import codes, repeated_texts, two_classes
 
 KINDS = {
     "isotropic": "random erasures of the same rank, in any direction",
@@ -64,7 +65,7 @@ def run(subject: Any, spec: EraseSpec, ctx: Context) -> Findings:
     left = ctx.step(first, measured.erasure)
     cost = ctx.step(second, measured.cost)
     ctx.artifact("eraser", arrays={name: np.asarray(left[name]) for name in ("read", "write", "mean")})
-    python = snippet(subject, "erase", spec, ctx.seed)
+    python = snippet(subject.reference, "erase", spec, ctx.seed)
     report = _Report(data=data, spec=spec, site=site, left=left, cost=cost, python=python, ctx=ctx)
     return Findings(
         findings=report.findings(), views=report.views(), summary=report.summary(), warnings=report.warnings()
@@ -153,18 +154,22 @@ class _Measured:
                 progress(done, self.spec.random, f"{kind} erasures")
             found[f"{kind} after"] = np.asarray(values)
         eraser = score.eraser
-        after = evaluate(readout(eraser(self.rows)), y[read], groups, metrics=("auroc",), seed=self.seed)["auroc"]
+        left = readout(eraser(self.rows))
+        least = min(len({self.data.groups[i] for i in read[y[read] == k]}) for k in (0, 1))
+        interval = None
+        if least > 1:  # of one group of a class, half the resamples have none
+            interval = evaluate(left, y[read], groups, metrics=("auroc",), seed=self.seed)["auroc"].interval.to_dict()
         return {
             **found,
             "before": auroc(readout(self.rows), y[read]),
-            "after": after.value,
-            "interval": after.interval.to_dict(),
+            "after": auroc(left, y[read]),
+            "interval": interval,
             "band": auroc_null_sd(int(y[read].sum()), int((1 - y[read]).sum())),
             "own": score.after[0].auc,
             "moved": score.moved,
             "rank": eraser.rank,
             "groups": len(set(groups)),
-            "least": min(len({self.data.groups[i] for i in read[y[read] == k]}) for k in (0, 1)),
+            "least": least,
             "read": eraser.read,
             "write": eraser.write,
             "mean": eraser.mean,
@@ -210,17 +215,18 @@ class _Report:
 
     def gone(self) -> Finding:
         """Little enough is left for a linear probe of new rows."""
-        after, interval = float(self.left["after"]), Interval.from_dict(self.left["interval"])
+        after, found = float(self.left["after"]), self.left["interval"]
+        interval = None if found is None else Interval.from_dict(found)
         controls = tuple(
             compare(kind, said, after, np.asarray(self.left[f"{kind} after"]), "less") for kind, said in KINDS.items()
         )
-        chance = abs(after - 0.5) <= 1.96 * float(self.left["band"]) or 0.5 in interval
+        chance = abs(after - 0.5) <= 1.96 * float(self.left["band"]) or (interval is not None and 0.5 in interval)
         judged: Verdict = verdict(after, controls, claim_side="less")
         if self.least < 2:
             judged = "not testable"
         elif judged == "supported" and not chance:
             judged = "contradicted"
-        elif judged == "supported" and interval.high >= float(self.left["before"]):
+        elif judged == "supported" and interval is not None and interval.high >= float(self.left["before"]):
             judged = "not distinguishable from control"
         return Finding(
             claim=f"after {self.spec.kind} at {self.site} a linear probe of new rows finds {self.spec.data.stem} no "
@@ -230,6 +236,7 @@ class _Report:
             n=int(self.left["groups"]),
             controls=controls,
             interval=interval,
+            interval_note="" if interval is not None else "one group of a class cannot be resampled",
             verdict=judged,
             cost=self.ctx.cost(),
             provenance=self.ctx.provenance(self.data.digest),
@@ -268,10 +275,12 @@ class _Report:
 
     def warnings(self) -> tuple[str, ...]:
         """What to know before believing any of it."""
+        found = repeated_texts(self.data)
         if self.least >= ENOUGH:
-            return ()
+            return found
         few = "no interval over groups" if self.least < 2 else "an interval that says little"
         return (
+            *found,
             f"The probe of new rows is read on {self.least} group{'s' if self.least != 1 else ''} of a class, which "
             f"makes {few}: give more groups, or a larger held_out.",
         )

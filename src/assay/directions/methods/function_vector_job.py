@@ -14,10 +14,11 @@ from assay.base.findings import Finding, Findings
 from assay.base.hashing import digest
 from assay.base.method import Context, Progress, StepSpec
 from assay.base.rng import numpy_stream
+from assay.base.snippets import snippet
 from assay.base.stats import bootstrap_interval
 from assay.base.views import Bars, Distribution, Heatmap, View
 from assay.controls.verdicts import compare, verdict
-from assay.directions.methods.common import RATE, snippet
+from assay.directions.methods.common import RATE
 from assay.directions.methods.function_vector import FunctionVectorSpec
 from assay.directions.methods.rows import text_rows
 
@@ -67,7 +68,7 @@ def run(subject: Any, spec: FunctionVectorSpec, ctx: Context) -> Findings:
     choice = ctx.step(second, measured.choice)
     scores = ctx.step(third, lambda progress: measured.scores(choice, progress))
     ctx.artifact("function_vector", arrays={"vector": np.asarray(scores["vector"])})
-    python = snippet(subject, "function-vector", spec, ctx.seed)
+    python = snippet(subject.reference, "function-vector", spec, ctx.seed)
     report = _Report(items=items, spec=spec, heads=heads, choice=choice, scores=scores, python=python, ctx=ctx)
     return Findings(findings=(report.works(),), views=report.views(), summary=report.summary())
 

@@ -12,14 +12,15 @@ import numpy as np
 
 from assay.base.findings import Control, Finding, Findings
 from assay.base.method import Context, Progress, StepSpec
+from assay.base.snippets import snippet
 from assay.base.stats import Interval
 from assay.base.views import Bars, Distribution, Lines, Series, View
 from assay.controls.multiplicity import familywise_p, max_null
 from assay.controls.verdicts import compare, verdict
 from assay.directions.labelled import Labelled
-from assay.directions.methods.common import POSITIONS, RATE, mean_tokens, snippet
+from assay.directions.methods.common import POSITIONS, RATE, mean_tokens
 from assay.directions.methods.probe import ProbeSpec
-from assay.directions.methods.rows import classes, codes, two_classes
+from assay.directions.methods.rows import classes, codes, in_groups, repeated_texts, two_classes
 
 KINDS = ("gaussian", "spectrum")
 LEAST_DRAWS = 19
@@ -49,7 +50,7 @@ def run(subject: Any, spec: ProbeSpec, ctx: Context) -> Findings:
     ctx.artifact("probe", arrays={"weight": np.asarray(sites["weight"]), "bias": np.asarray(sites["bias"])})
     rows = {name: np.asarray(sites[name]).tolist() for name in ("test", "readout")}
     ctx.artifact("held_out", table={**rows, "label": [data.labels[i] for i in rows["test"]]})
-    python = snippet(subject, "probe", spec, ctx.seed)
+    python = snippet(subject.reference, "probe", spec, ctx.seed)
     report = _Report(
         data=data, spec=spec, sites=sites, texts=texts, tasks=tasks, untrained=untrained, python=python, ctx=ctx
     )
@@ -59,7 +60,7 @@ def run(subject: Any, spec: ProbeSpec, ctx: Context) -> Findings:
 
 
 def _read(spec: ProbeSpec) -> Labelled:
-    return two_classes(spec.data, "a probe tells two classes apart")
+    return in_groups(two_classes(spec.data, "a probe tells two classes apart"), spec.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,8 +486,7 @@ class _Report:
             )
         if not self.data.templates:
             found.append("The rows have no template: memorisation holds out rows of a group at random.")
-        if len(set(self.data.groups)) == len(self.data):
-            found.append("Every row is a group of its own: what rows share, words or entities, can leak into the test.")
+        found += repeated_texts(self.data)
         family = familywise_p(np.asarray(self.sites["values"]), np.asarray(self.sites["null"]))
         found.append(
             f"{int((family <= 0.05).sum())} of {len(family)} sites beat permuted labels, all of them allowed for."

@@ -29,7 +29,7 @@ def text_rows(path: Path, needed: Sequence[str], optional: Sequence[str] = (), *
     file = user_path(path)
     wanted = "give {" + ", ".join(f'"{name}": ...' for name in needed) + "}"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{field}: {file} cannot be read: {error}", field) from error
     found = []
@@ -67,6 +67,32 @@ def two_classes(path: Path, need: str) -> Labelled:
     if len(found) != 2:
         raise SpecError(f"{path} has {len(found)} labels ({found[:5]}); {need}", "data")
     return data
+
+
+def in_groups(data: Labelled, path: Path) -> Labelled:
+    """See that some rows share a group.
+
+    Raises:
+        SpecError: Each row is a group of its own.
+    """
+    if len(set(data.groups)) < len(data):
+        return data
+    raise SpecError(
+        f"each of the {len(data)} rows of {path} is a group of its own, and whether a probe remembers words cannot be "
+        "told apart from whether it reads them: give rows that share a word, an entity or a topic one group",
+        "data",
+    )
+
+
+def repeated_texts(data: Labelled) -> tuple[str, ...]:
+    """A warning where a text stands in several groups."""
+    n = data.repeated
+    if not n:
+        return ()
+    return (
+        f"{n} text{'s stand' if n > 1 else ' stands'} in more than one group: with a copy on each side of the split, "
+        "held-out rows are not new. Give copies one group.",
+    )
 
 
 def classes(data: Labelled) -> list[int | str]:

@@ -12,10 +12,11 @@ import numpy as np
 from assay.base.findings import Control, Finding, Findings
 from assay.base.hashing import digest
 from assay.base.method import Context, Progress, StepSpec
+from assay.base.snippets import snippet
 from assay.base.stats import Interval, Side, bootstrap_interval
 from assay.base.views import Bars, Lines, Series, View
 from assay.controls.verdicts import compare, verdict
-from assay.directions.methods.common import RATE, snippet
+from assay.directions.methods.common import RATE
 from assay.directions.methods.rows import text_rows
 from assay.directions.methods.steer import SteerSpec
 
@@ -94,7 +95,7 @@ def run(subject: Any, spec: SteerSpec, ctx: Context) -> Findings:
     direction = ctx.step(fit, measured.direction)
     found = ctx.step(doses, measured.doses)
     ctx.artifact("direction", arrays={"vector": np.asarray(direction["vector"])})
-    python = snippet(subject, "steer", spec, ctx.seed)
+    python = snippet(subject.reference, "steer", spec, ctx.seed)
     report = _Report(inputs=inputs, spec=spec, site=site, direction=direction, found=found, python=python, ctx=ctx)
     return Findings(
         findings=report.findings(), views=report.views(), summary=report.summary(), warnings=report.warnings()

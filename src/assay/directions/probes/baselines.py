@@ -92,6 +92,10 @@ def bag_of_words(texts: Sequence[str], *, ngrams: int = 2, C: float = 10.0) -> A
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
+        if len(raw) != len(y):
+            raise SpecError(f"there are {len(raw)} texts for {len(y)} rows", "texts")
+        if not any(raw[i].strip() for i in train):
+            raise NothingFound("the training texts hold no word")
         # Single letters and signs are words too: "I", "a", "?".
         terms = TfidfVectorizer(ngram_range=(1, ngrams), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
         seen = terms.fit_transform([raw[i] for i in train])
@@ -158,6 +162,8 @@ def pca_logistic(X: Any, components: int = 20) -> Arm:
         from sklearn.decomposition import PCA
 
         up = positives(y[train])
+        if not np.ptp(data[train], axis=0).any():
+            raise NothingFound("all training rows are the same")
         most = min(components, len(train) - 1, data.shape[1])
         model = PCA(most, svd_solver="full").fit(data[train])
         weight, bias = logistic(model.transform(data[train]), up, 1.0)

@@ -235,7 +235,7 @@ def fit_attention(
         seed: Seed of the held-out groups, of the first weights and of the batches.
 
     Raises:
-        SpecError: A row has no token, or there are too few groups or classes.
+        SpecError: The shapes do not fit, a row has no token, or there are too few groups or classes.
         NumericalError: An activation at a real token is not finite, or the loss is not.
 
     Source: Press et al. 2022, "Train short, test long" (ALiBi), section 3, for the slopes.
@@ -250,6 +250,13 @@ def fit_attention(
         >>> bool(((probe(X, mask) > 0).numpy() == y).mean() > 0.85)
         True
     """
+    X, mask = torch.as_tensor(X), torch.as_tensor(mask)
+    if X.ndim != 3 or mask.shape != X.shape[:2]:
+        raise SpecError(
+            f"X has the shape {tuple(X.shape)}, mask {tuple(mask.shape)}; give [rows, tokens, d], [rows, tokens]",
+            "X",
+        )
+    mask = mask.bool()
     up = positives(y, len(X))
     if heads < 1:
         raise SpecError(f"heads is {heads}; there must be at least one", "heads")

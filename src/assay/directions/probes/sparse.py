@@ -148,6 +148,8 @@ def _l1(table: np.ndarray, up: np.ndarray, C: float) -> Float[np.ndarray, " late
     from sklearn.linear_model import LogisticRegression
 
     alive = np.flatnonzero(table.std(axis=0) > 0)
+    if not alive.size:
+        return np.zeros(table.shape[1])
     mean, scale = standard(table[:, alive])
     # scikit-learn 1.8 renamed the way to ask for L1.
     renamed = LogisticRegression().get_params()["penalty"] == "deprecated"

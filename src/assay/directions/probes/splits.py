@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from assay.base.errors import SpecError
 from assay.base.rng import numpy_stream
+from assay.controls.labels import label_array
 from assay.directions.probes.inputs import Groups, Labels, group_ids
 
 _TRIES = 8  # random orders of the groups; the best balanced one is taken
@@ -100,7 +101,7 @@ def grouped_parts(
         >>> sorted(part.tolist() for part in grouped_parts(list("aabb"), [0, 1, 0, 1], (0.5, 0.5)))
         [[0, 1], [2, 3]]
     """
-    classes, labels = np.unique(np.asarray(y), return_inverse=True)
+    classes, labels = np.unique(label_array(y), return_inverse=True)
     ids = group_ids(groups, labels.size)
     if classes.size < 2:
         raise SpecError(f"all {labels.size} rows have one label; a split needs at least two classes", "y")

@@ -23,7 +23,7 @@ from assay.activations.generation import ApplyTo
 from assay.activations.subject import Prompts, Subject
 from assay.activations.values import Run
 from assay.base.errors import InvalidEdit, NumericalError, SpecError
-from assay.directions.data import read_sites
+from assay.directions.data import columns_of, read_sites
 from assay.directions.steering.extract import direction_of
 from assay.directions.vectors import Direction, Origin
 
@@ -72,7 +72,7 @@ class Condition:
         self.direction.check(subject)
         batch, site = subject.batch(prompts), self.direction.site
         held = subject.run(batch, capture=site)[site]
-        columns = batch.columns(slice(None) if self.positions is None else self.positions) or []
+        columns = columns_of(batch, self.positions)
         unit = self.direction.unit.double()
         found = []
         for row, picked in enumerate(columns):

@@ -110,9 +110,19 @@ class Curve:
         """The share of prompts whose slope has the other sign than the mean's."""
         return float(np.mean(self.slopes * np.sign(self.slope) < 0))
 
+    def row(self, dose: float) -> int:
+        """The row of a dose in `behaviour`, `kl`, `ce` and `sides`.
+
+        Raises:
+            SpecError: It was not measured.
+        """
+        if dose not in self.doses:
+            raise SpecError(f"the dose {dose} was not measured; measured: {', '.join(map(str, self.doses))}", "dose")
+        return self.doses.index(dose)
+
     def interval(self, dose: float, *, level: float = 0.95, seed: int = 0) -> Interval:
         """A bootstrap interval, over prompts, of the mean change at one dose."""
-        row = self.doses.index(dose)
+        row = self.row(dose)
         return bootstrap_interval(self.behaviour[row] - self.base, level=level, seed=seed)
 
     def within(self, budget: Budget) -> tuple[bool, ...]:
@@ -164,7 +174,7 @@ class DoseResponse:
 
     def null(self, kind: str, dose: float) -> Float[np.ndarray, " vectors"]:
         """The mean changes that the control vectors of a kind make at a dose."""
-        row = self.curve.doses.index(dose)
+        row = self.curve.row(dose)
         return np.asarray([curve.effects[row] for curve in self._of(kind)])
 
     def p(self, kind: str, dose: float | None = None, *, side: Side = "two") -> float:
@@ -175,11 +185,11 @@ class DoseResponse:
         """
         if dose is None:
             return permutation_p(self.curve.slope, [curve.slope for curve in self._of(kind)], side)
-        return permutation_p(float(self.curve.effects[self.curve.doses.index(dose)]), self.null(kind, dose), side)
+        return permutation_p(float(self.curve.effects[self.curve.row(dose)]), self.null(kind, dose), side)
 
     def percentile(self, kind: str, dose: float) -> float:
         """The share of control vectors whose change at a dose is smaller in size than the direction's, in per cent."""
-        own = abs(self.curve.effects[self.curve.doses.index(dose)])
+        own = abs(self.curve.effects[self.curve.row(dose)])
         return float(100 * np.mean(np.abs(self.null(kind, dose)) < own))
 
     def _of(self, kind: str) -> tuple[Curve, ...]:
@@ -275,8 +285,8 @@ def dose_response(
         The curves.
 
     Raises:
-        SpecError: The direction is of another subject or knows no size, there are fewer than two doses, or a text has
-            one token.
+        SpecError: The direction or a semantic one is of another subject, the direction knows no size, there are fewer
+            than two doses, or a text has one token.
         NumericalError: A measure is not finite; the message says at which dose.
     """
     direction.check(subject)
@@ -284,6 +294,8 @@ def dose_response(
     if len(levels) < 2 or not np.isfinite(levels).all():
         raise SpecError(f"doses are {list(doses)}; a curve needs two or more, all finite", "doses")
     kinds = {**(controls or {})}
+    for other in (semantic or {}).values():
+        other.check(subject)
     if semantic:
         kinds |= {"semantic": control_vectors(direction, semantic=semantic, n=1)["semantic"]}
     arms = [direction.unit, *(_unit(row, kind) for kind, rows in kinds.items() for row in rows)]

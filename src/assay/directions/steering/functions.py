@@ -79,7 +79,16 @@ class InContextTask:
             raise SpecError(f"question={self.question!r} has no place for the question: write {{}} there", "question")
 
     def split(self, held_out: float = 0.3, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Numbers of items to show as examples, and of items to ask for."""
+        """Numbers of items to show as examples, and of items to ask for.
+
+        Raises:
+            SpecError: There are fewer than two items, or the share is none.
+        """
+        if len(self.items) < 2 or not 0 < held_out < 1:
+            raise SpecError(
+                f"{len(self.items)} items cannot be split with held_out={held_out}: two items, a share within 0..1",
+                "held_out",
+            )
         order = numpy_stream(seed, "task", "split").permutation(len(self.items)).tolist()
         n = min(len(order) - 1, max(1, round(held_out * len(order))))
         return tuple(sorted(order[n:])), tuple(sorted(order[:n]))
@@ -104,8 +113,12 @@ class InContextTask:
             seed: Seed of the draws.
 
         Raises:
-            SpecError: The pool is too small.
+            SpecError: The pool is too small, or an item is none.
         """
+        outside = [item for item in (*asked, *(() if pool is None else pool)) if not 0 <= item < len(self.items)]
+        if outside or shots < 0:
+            said = f"item {outside[0]}" if outside else f"shots={shots}"
+            raise SpecError(f"{said}: there are items 0 to {len(self.items) - 1}, and 0 shots or more", "asked")
         texts, answers = [], []
         for k, item in enumerate(asked):
             rng = numpy_stream(seed, "task", "examples", k)
@@ -205,7 +218,7 @@ def function_vector(
         The direction; `add_raw(1.0, positions="last")` is the edit of the source.
 
     Raises:
-        SpecError: There are not so many heads.
+        SpecError: There are not so many heads, or effects and means are not one a head of the subject.
         UnsupportedArchitecture: A norm stands between heads and stream, so that a head writes no vector of its own.
 
     Source: Todd et al. 2024, section 2.3.
@@ -213,6 +226,12 @@ def function_vector(
     parts, total = subject.parts, effects.numel()
     if not 1 <= n_heads <= total:
         raise SpecError(f"n_heads={n_heads}; {subject.name} has {total} heads", "n_heads")
+    if effects.shape != means.shape[:2] or means.shape[:2] != (subject.n_blocks, parts.n_heads):
+        raise SpecError(
+            f"effects have the shape {tuple(effects.shape)}, means {tuple(means.shape)}; {subject.name} has "
+            f"{subject.n_blocks} x {parts.n_heads} heads",
+            "effects",
+        )
     if not bool(torch.isfinite(effects).all()) or not bool(torch.isfinite(means).all()):
         raise NumericalError("the effects or the heads' means are not finite")
     if parts.post_norm or any(parts.attention_post(block) is not None for block in range(subject.n_blocks)):

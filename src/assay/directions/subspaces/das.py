@@ -125,6 +125,8 @@ def boundless_das(
 
     Source: Wu et al. 2023, "Interpretability at scale: identifying causal mechanisms in Alpaca", section 3.
     """
+    if not min(temperature) > 0:
+        raise SpecError(f"temperature is {temperature}; both ends are above 0", "temperature")
     base, source = data.read(subject, site)
     d = base.shape[1]
     weight = _start(d, d, seed).requires_grad_()
@@ -191,6 +193,11 @@ def _train(
     before: Callable[[float], Tensor | None],
 ) -> tuple[float, ...]:
     """Adam on the cross-entropy of the counterfactual answer; `before(share done)` may return a penalty."""
+    if epochs < 1 or batch < 1:
+        raise SpecError(f"epochs={epochs}, batch={batch}: at least one of each", "epochs")
+    outside = [i for i in (*data.answer, *data.choices) if not 0 <= i < len(subject.parts.unembedding()[0])]
+    if outside:
+        raise SpecError(f"the token id {outside[0]} is outside the vocabulary of {subject.name}", "answer")
     optimiser = torch.optim.Adam(parameters, lr=lr)
     per_epoch = math.ceil(len(data) / batch)
     total = epochs * per_epoch

@@ -22,6 +22,7 @@ from assay.activations.subject import Subject
 from assay.base.artifacts import user_path, write_safetensors
 from assay.base.errors import DamagedFile, NumericalError, SpecError
 from assay.base.rng import torch_stream
+from assay.directions.data import columns_of
 from assay.directions.vectors import Origin
 
 FORMAT = "assay.subspace/1"
@@ -70,6 +71,8 @@ class Subspace:
         rows = vectors.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(rows).all()):
             raise NumericalError("the vectors are not all finite")
+        if rows.ndim != 2 or not 1 <= len(rows) <= rows.shape[1]:
+            raise SpecError(f"vectors have the shape {tuple(rows.shape)}; they must be [k, d], 1 <= k <= d", "vectors")
         sizes = torch.linalg.svdvals(rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30))
         if float(sizes[-1]) < 1e-6:
             raise NumericalError("the vectors are zero or linearly dependent; leave out those that add nothing")
@@ -101,6 +104,22 @@ class Subspace:
             ProjectOut(self.site, basis, positions=positions),
             Add(self.site, part[:, None, :], positions=positions),
         ]
+
+    def check(self, subject: Subject) -> None:
+        """See that a subject is the one that the subspace was fitted on.
+
+        Raises:
+            SpecError: It has other weights.
+            UnknownSite: It has no such site.
+        """
+        fitted = self.origin.subject
+        if fitted and fitted != subject.fingerprint:
+            raise SpecError(
+                f"this subspace was fitted on the weights {fitted[:12]}, and {subject.name} has "
+                f"{subject.fingerprint[:12]}: fit it again",
+                "subject",
+            )
+        subject.site(self.site)
 
     def save(self, path: str | Path) -> None:
         """Write the subspace as one safetensors file."""
@@ -229,7 +248,7 @@ def read_at(subject: Subject, prompts: Any, site: str, positions: Any, *, batch:
         held = run[site]
         if held.ndim != 3:
             raise SpecError(f"{site} has {held.ndim} dimensions; a subspace lies in [batch, pos, features]", "site")
-        columns = run.batch.columns(positions) or []
+        columns = columns_of(run.batch, positions)
         if any(len(picked) != 1 for picked in columns) or len(columns) != len(held):
             raise SpecError(f"positions={positions!r} must select one token of each prompt", "positions")
         found.append(torch.stack([held[row, picked[0]] for row, picked in enumerate(columns)]))
@@ -255,6 +274,8 @@ def answers(
         run = subject.run(data.rows(keep).base, edits=edits(keep) if edits is not None else ())
         ends = [s + n - 1 for s, n in zip(run.batch.starts, run.batch.lengths, strict=True)]
         last = run.logits[torch.arange(len(keep)), torch.tensor(ends)].float()
+        if options is not None and not 0 <= int(options.min()) <= int(options.max()) < last.shape[1]:
+            raise SpecError(f"choices {data.choices} are not all in the vocabulary of {last.shape[1]}", "choices")
         last = last if options is None else last[:, options.to(last.device)]
         best = last.argmax(-1).cpu()
         chosen.append(best if options is None else options[best])
@@ -273,7 +294,13 @@ def interchange_accuracy(subject: Subject, subspace: Subspace, data: Interchange
 
     Source: Geiger et al. 2021, "Causal abstractions of neural networks", section 3.
     """
+    subspace.check(subject)
     _, source = data.read(subject, subspace.site, batch=batch)
+    if source.shape[1] != subspace.basis.shape[1]:
+        raise SpecError(
+            f"the subspace lies in {subspace.basis.shape[1]} dimensions, and {subspace.site} has {source.shape[1]}",
+            "subspace",
+        )
 
     def edits(keep: list[int]) -> list[Edit]:
         return subspace.edits(source[keep], positions=data.positions)

@@ -55,7 +55,8 @@ def data(latents: int, folder: Path) -> Path:
 
 def measured(python: Path, library: str, family: str, latents: int, rows: Path, repeats: int) -> dict[str, float] | str:
     """What a library's worker says, or why it says nothing."""
-    command = [str(python), str(WORKER), library, family, str(latents), str(rows), str(ACTIVE), str(repeats)]
+    asked = {"library": library, "family": family, "latents": latents, "rows": str(rows), "k": ACTIVE}
+    command = [str(python), str(WORKER), "time", json.dumps(asked | {"repeats": repeats})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 3:
         return "-"

@@ -118,7 +118,7 @@ def model(options: argparse.Namespace) -> None:
                         asked = {
                             "library": library, "family": family, "latents": options.latents, "rows": str(path),
                             "k": options.k, "steps": options.steps, "batch": 2048, "lr": options.lr, "seed": seed,
-                            "strength": strength, "out": str(out),
+                            "strength": strength, "out": str(out), "site": site,
                         }  # fmt: skip
                         done = subprocess.run(
                             [str(python), str(WORKER), "train", json.dumps(asked)], capture_output=True, text=True

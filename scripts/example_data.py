@@ -81,6 +81,33 @@ CAPITALS = {
     "Belgium": "Brussels",
     "Argentina": "Buenos Aires",
 }
+LANGUAGES = (
+    "French Italian Spanish German Japanese Chinese Russian Arabic Greek German Polish Norwegian Swedish Portuguese "
+    "English Spanish Spanish English Persian Arabic English Hungarian Danish Finnish Thai Turkish Hindi Spanish French "
+    "Spanish"
+).split()
+EUROPE = (
+    "France Italy Spain Germany Greece Austria Poland Norway Sweden Portugal Ireland Hungary Denmark Finland Belgium"
+).split()
+CONTINENTS = {
+    **dict.fromkeys(EUROPE, "Europe"),
+    **dict.fromkeys(("Japan", "China", "Iran", "Iraq", "Thailand", "India"), "Asia"),
+    **dict.fromkeys(("Egypt", "Kenya"), "Africa"),
+    **dict.fromkeys(("Peru", "Chile", "Argentina"), "South America"),
+    **dict.fromkeys(("Cuba", "Canada"), "North America"),
+}
+LANDMARKS = {
+    "France": ("Eiffel Tower", "Louvre Museum"),
+    "Italy": ("Colosseum", "Trevi Fountain"),
+    "Spain": ("Prado Museum", "Royal Palace of Spain"),
+    "Germany": ("Brandenburg Gate", "Reichstag"),
+    "Japan": ("Shibuya Crossing", "Imperial Palace of Japan"),
+    "China": ("Forbidden City", "Temple of Heaven"),
+    "Egypt": ("Tahrir Square", "Egyptian Museum"),
+    "Greece": ("Acropolis", "Parthenon"),
+    "Austria": ("Spanish Riding School", "Belvedere Palace"),
+    "Denmark": ("Little Mermaid statue", "Tivoli Gardens"),
+}
 STATEMENTS = ("The capital of {country} is {city}.", "{city} is the capital of {country}.")
 ANTONYMS = (
     "hot cold|big small|good bad|up down|fast slow|happy sad|light dark|rich poor|open closed|early late|high low|"
@@ -130,6 +157,74 @@ UNRELATED = (
     "Bees tell each other where flowers are by dancing on the comb.",
     "The committee will meet again in March to decide on the budget for the new road.",
 )
+BEGINNINGS = (
+    "The old bridge over the river was closed last winter because the stones had begun to move and the",
+    "When the rain stopped in the evening the children ran out of the house to play in the",
+    "She put the letter back into the drawer, locked it, and told nobody what she had",
+    "The doctor looked at the picture for a long time and then said that the bone was not",
+    "Most of the bread that is sold in this town comes from a small bakery near the",
+    "In the spring the farmers clear the ditches, mend the fences and bring the cows back to the",
+    "The first trains on this line were so slow that people could walk beside",
+    "Light from the sun needs about eight minutes to reach the surface of the",
+    "He wanted to buy a new coat, but the shop had only large sizes and he was too",
+    "Every year thousands of birds fly south in autumn and come back to the same place in",
+    "The teacher wrote two numbers on the board and asked the class to find the sum of",
+    "After the long meeting the mayor thanked everybody, shook a few hands and went straight",
+    "If the price of oil goes up, the cost of heating a house in winter will go",
+    "The museum has three floors, and the oldest paintings hang on the second floor next to the",
+    "My grandmother grew up in a village by the sea, where her father caught fish and sold",
+    "To keep the milk fresh for longer, put it in the coldest part of the fridge and close",
+    "The judge listened to both sides, read the contract twice and decided that the company had to",
+    "Plants take in water through their roots and carbon dioxide through their",
+    "The team lost the first match of the season but won every one of the next",
+    "There was no wind that night, and the smoke from the chimneys rose straight into the",
+    "A good map shows not only the roads but also the hills, the woods and the",
+    "The ship left the harbour at noon with a cargo of wheat and arrived four days",
+    "He opened the window because the room was hot, and a few minutes later it was too",
+    "The two sisters look so much alike that even their friends sometimes call them by the wrong",
+)
+BEGINNINGS_TO_LEARN = (
+    "The library closes at six on weekdays, but on Saturdays the reading room stays open until",
+    "Iron gets longer when it is heated, which is why there are small gaps between the rails of a",
+    "We walked along the beach until we found the boat that our uncle had left behind the",
+    "The king had three sons, and each of them wanted to rule the country after his",
+    "Before you paint the wall, wash it with warm water and let it dry for a whole",
+    "The company makes shoes for runners and sells most of them in shops outside the",
+    "Nobody knew who had built the tower, or why it had no door on the side of the",
+    "A spider has eight legs, while an insect has six and usually two pairs of",
+    "The bus was full, so we waited for the next one and came home an hour",
+    "In a dry summer the level of the lake falls so low that you can see the old",
+    "The cook tasted the sauce, added some salt and a little lemon, and tasted it",
+    "It is easier to learn a language when you hear it every day from people who speak it",
+    "The storm broke two windows of the school and took the roof off a barn near the",
+    "Sound travels faster in water than in air, and faster still in",
+    "The actor forgot his words in the middle of the play, and the audience began to",
+    "Her brother works in a factory that makes parts for cars and sends them all over the",
+    "The police asked the driver where he had been on Friday evening and who had been with",
+    "Snow fell for two days, and on the third morning all the roads to the village were",
+    "The heart pumps blood through the body and beats about seventy times a",
+    "At the market you can buy apples, pears and plums from the gardens on the other side of the",
+    "The painter mixed blue and yellow until she had the green that she was looking",
+    "They moved the piano up the stairs very slowly, because it was heavy and the steps were",
+    "The new law says that every house must have a smoke alarm on each",
+    "An hour before sunrise the fishermen pushed their boats into the water and rowed out to",
+    "He counted the money three times and each time he got a different",
+    "The garden behind the church was full of roses, and in June you could smell them from the",
+    "Many old words are no longer used, but they can still be found in the names of",
+    "The engine stopped in the middle of the tunnel, and the passengers had to sit in the",
+    "When water freezes it takes up more room, and so a full bottle may break in the",
+    "The boy was afraid of the dog, although it was small and had never bitten",
+    "A week before the election the two candidates met on television to talk about the",
+    "The mountain is so high that there is snow on its top for most of the",
+    "She learned to play the violin when she was six and gave her first concert at the age of",
+    "The letter was written in French, and it took us a long time to understand what it",
+    "The price of a ticket depends on how far you travel and on the time of the",
+    "The carpenter measured the door again, because the first time it had not fitted into the",
+    "Clouds form when warm air rises, cools down and can no longer hold all of its",
+    "Every evening the old man sat on the same bench and fed the pigeons with pieces of",
+    "The experiment was repeated ten times, and the result was always the",
+    "The hotel stands at the end of a narrow street, only a few steps away from the main",
+)
 CLAUSES = (
     "The {noun} {verb} {negation}{word}.",
     "People say that the {noun} {verb} {negation}{word}.",
@@ -158,6 +253,52 @@ def truth() -> list[dict[str, Any]]:
                 text = template.format(country=country, city=city)
                 found.append({"text": text, "label": label, "group": country, "template": template})
     return found
+
+
+def facts() -> list[dict[str, Any]]:
+    """Each country with landmarks, its capital to become that of the country four places on; landmarks must stay."""
+    countries = list(LANDMARKS)
+    return [
+        {
+            "prompt": "The capital of {} is the city of",
+            "subject": country,
+            "target": " " + CAPITALS[countries[(place + 4) % len(countries)]],
+            "original": " " + CAPITALS[country],
+            "paraphrases": ["The government of {} sits in the city of", "Country: {}. Capital:"],
+            "neighbours": [f"The {landmark} is in the city of" for landmark in LANDMARKS[country]],
+        }
+        for place, country in enumerate(countries)
+    ]
+
+
+def exchanges() -> list[dict[str, Any]]:
+    """Pairs of countries: asked for the capital the source's is due, asked for language or continent the base's own.
+
+    A group is three countries, and every pair of them; those whose capital SmolLM2 does not name are left out.
+    """
+    languages = dict(zip(CAPITALS, LANGUAGES, strict=True))
+    asked = {"Capital": CAPITALS, "Language": languages, "Continent": CONTINENTS}
+    countries = [name for name in CAPITALS if name not in ("Russia", "Norway", "Iraq", "Canada", "Turkey", "India")]
+    found = []
+    for place in range(len(countries) // 3):
+        members = countries[place :: len(countries) // 3]
+        for (about, values), (base, source) in itertools.product(asked.items(), itertools.permutations(members, 2)):
+            if values[base] == values[source]:
+                continue
+            row = {name: f"Country: {who}. {about}:" for name, who in (("base", base), ("source", source))}
+            answer = " " + values[source if about == "Capital" else base]
+            own = {"answer": answer, "original": " " + values[base], "group": ", ".join(members)}
+            found.append({**row, **own, "attribute": about.lower()})
+    return found
+
+
+def ordinary() -> list[dict[str, Any]]:
+    """Plain sentences of many subjects, for statistics of activations over text."""
+    words = [(word, 0, word) for word in NOUNS]
+    said = [row["text"] for row in rows(words, FRAMES)][::2]
+    judged = [row["text"] for row in rows([(word, 0, word) for word in (*POSITIVE, *NEGATIVE)], REVIEWS)][::2]
+    stated = [row["text"] for row in truth() if row["label"]]
+    return [{"text": text} for text in (*said, *judged, *stated, *PROMPTS)]
 
 
 def praise() -> list[dict[str, Any]]:
@@ -232,8 +373,13 @@ def main() -> None:
         "contrasts": contrasts(),
         "formality": [{"positive": formal, "negative": casual} for formal, casual in FORMAL],
         "unrelated": [{"text": text} for text in UNRELATED],
+        "beginnings": [{"text": text} for text in BEGINNINGS],
+        "beginnings-to-learn": [{"text": text} for text in BEGINNINGS_TO_LEARN],
         "clauses": clauses(),
         "codewords": codewords(),
+        "facts": facts(),
+        "exchanges": exchanges(),
+        "ordinary": ordinary(),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, found in files.items():

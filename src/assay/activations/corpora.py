@@ -355,7 +355,8 @@ def _found(given: Sequence[str | Path], *, named: bool) -> list[Path]:
         else:
             files = [path] if path.is_file() else []
         if not files:
-            near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+            beside = [] if path.exists() or not path.parent.is_dir() else [p.name for p in path.parent.iterdir()]
+            near = nearest(path.name, beside) if beside else ""
             raise SpecError(f"no text to read at {str(one)!r}{near}", "corpus")
         paths += files
     if not paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -155,6 +156,13 @@ class Store:
         place = int(np.searchsorted(maps["rows"], maps["row"][rows[0]]))
         first, last = maps["starts"][place : place + 2]
         return np.array(maps["ids"][first:last], np.int64)
+
+    def contexts(self) -> Iterator[Int[np.ndarray, " n"]]:
+        """Yield the token ids of every row of the corpus that was run, in their stored order; see `context`."""
+        for number in range(len(self._shards)):
+            maps = self._map(number)
+            for first, last in itertools.pairwise(maps["starts"].tolist()):
+                yield np.array(maps["ids"][first:last], np.int64)
 
     def batch(
         self, step: int, batch_size: int, seed: int = 0, *, sites: Sequence[str] | None = None

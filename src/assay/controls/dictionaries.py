@@ -4,20 +4,33 @@ A dictionary of many more latents than dimensions explains much of anything: the
 directions come near any vector. And a reconstruction that is off by some length does some harm whatever is lost. Both
 have to be known before a share of variance, or a loss in the model, says anything of what was learned.
 
-These functions take arrays and draw; they know no dictionary.
+A third question is what the same training finds where there is nothing to find: `harvest_arm` gives activations of the
+same model reading random tokens, or of the same architecture with redrawn weights reading the same text.
+
+These functions take arrays or stored activations and draw; they know no dictionary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from assay.activations.corpora import Corpus, Piece
+from assay.activations.store import Store
+from assay.activations.subject import Subject
 from assay.base.errors import NumericalError, SpecError
 from assay.base.method import Progress
-from assay.base.rng import torch_stream
+from assay.base.rng import numpy_stream, torch_stream
+
+Arm = Literal["random-tokens", "reinitialised"]
+"""What a dictionary is trained on that has nothing to be found in it."""
 
 
 def random_dictionaries(
@@ -94,6 +107,139 @@ def random_errors(error: Float[Tensor, "*rows d"], *, draws: int = 19, seed: int
     for draw in range(draws):
         direction = torch.randn(error.shape, generator=torch_stream(seed, "random error", of, draw)).to(error.device)
         yield torch.nn.functional.normalize(direction, dim=-1) * lengths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomTokens:
+    """A corpus of token ids with every id drawn anew, each token of the vocabulary as likely as any other.
+
+    What is drawn for a document depends on the seed and its number alone, so the corpus can be taken up anywhere.
+
+    Args:
+        corpus: Documents of token ids; their lengths stay.
+        vocab: The size of the vocabulary.
+        keep: Special tokens: they stay in their places and are never drawn.
+        seed: Of the draws.
+
+    Raises:
+        SpecError: Nothing is left to draw.
+
+    Example:
+        >>> from assay.activations.corpora import Texts
+        >>> corpus = RandomTokens(corpus=Texts([[1, 7, 7], [1, 9]]), vocab=12, keep=(1,))
+        >>> [(len(ids), ids[0]) for _, _, ids in corpus.pieces()]
+        [(3, 1), (2, 1)]
+    """
+
+    corpus: Corpus
+    vocab: int
+    keep: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse an empty vocabulary."""
+        if not np.setdiff1d(np.arange(self.vocab), self.keep).size:
+            raise SpecError(f"there is no token to draw: vocab is {self.vocab}, {len(self.keep)} are kept", "vocab")
+
+    def pieces(self, start: int = 0) -> Iterator[Piece]:
+        """Yield (document, piece, token ids) from document `start` on."""
+        pool = np.setdiff1d(np.arange(self.vocab), self.keep)
+        for number, piece, ids in self.corpus.pieces(start):
+            stream = numpy_stream(self.seed, "random tokens", number, piece)
+            given = np.asarray(ids, dtype=np.int64)
+            drawn = pool[stream.integers(pool.size, size=given.size)]
+            yield number, piece, np.where(np.isin(given, self.keep), given, drawn).tolist()
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as JSON values."""
+        own = {"vocab": self.vocab, "keep": sorted(self.keep), "seed": self.seed}
+        return {"kind": "random tokens", "of": self.corpus.describe(), **own}
+
+
+def harvest_arm(
+    subject: Subject,
+    store: Store,
+    arm: Arm,
+    *,
+    out: str | Path,
+    sites: tuple[str, ...] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Store:
+    """Harvest the rows of a store again where there is nothing to learn from them.
+
+    - "random-tokens": the same model reads rows of the same lengths, with tokens drawn uniformly; special tokens stay.
+    - "reinitialised": the same rows are read by the same architecture with every weight matrix drawn anew from a
+      normal distribution of its own mean and standard deviation.
+
+    Tokens are left out by the same rules as in the store, with norms held to the median of the arm's own. An
+    interrupted harvest goes on when the same call is made again.
+
+    Args:
+        subject: The subject that the store was harvested from.
+        store: The activations.
+        arm: Which of the two.
+        out: The folder to write.
+        sites: Which of the store's sites; all when not given.
+        seed: Of the tokens, or of the weights.
+        progress: Told of tokens done and in all.
+
+    Returns:
+        As many tokens as the store has, or a few less where longer ones were left out.
+
+    Raises:
+        SpecError: The arm is unknown, or the folder holds another harvest.
+        UnsupportedArchitecture: The weights cannot be redrawn: they are quantised or on the meta device.
+        NumericalError: An activation of the arm is not finite.
+        OutputError: It cannot be written there.
+
+    Source: Heap et al. 2025 (arXiv 2501.17727) for dictionaries of models with redrawn weights.
+    """
+    from assay.activations.contexts import Contexts
+    from assay.activations.harvesting import Harvest
+    from assay.controls.weights import reinitialised_module
+
+    if arm not in get_args(Arm):
+        raise SpecError(f"arm is {arm!r}; valid: {', '.join(map(repr, get_args(Arm)))}", "arm")
+    request = store.parts[0][1].request
+    corpus: Corpus = Contexts(store)
+    model = subject
+    if arm == "random-tokens":
+        vocab, special = _vocabulary(subject)
+        corpus = RandomTokens(corpus=corpus, vocab=vocab, keep=special, seed=seed)
+    else:
+        module = reinitialised_module(subject.module, "gaussian", seed)
+        model = Subject(module, subject.tokenizer, architecture=subject.architecture, name=f"{subject.name}, redrawn")
+        model.declared.update(subject.declared)
+    made = Harvest(
+        model,
+        corpus,
+        list(sites or store.sites),
+        out=out,
+        tokens=store.n,
+        dtype=store.dtype,
+        context=request["rows"]["context"],
+        layout="document",
+        bos="none",
+        separator="none",
+        min_length=1,
+        rows=request["rows_together"],
+        rank=0,
+        world=1,
+        **request["filter"],
+    )
+    return made.run(progress)
+
+
+def _vocabulary(subject: Subject) -> tuple[int, tuple[int, ...]]:
+    """How many tokens there are to draw from, and which are special."""
+    config = getattr(subject.config, "text_config", None) or subject.config
+    sizes = [getattr(config, "vocab_size", None), len(subject.tokenizer) if subject.tokenizer is not None else None]
+    known = [int(size) for size in sizes if size]
+    if not known:
+        raise SpecError("this model does not say how many tokens it knows: load it with tokenizer=", "arm")
+    special = getattr(subject.tokenizer, "all_special_ids", None) or ()
+    return min(known), tuple(sorted({int(token) for token in special}))
 
 
 def _pursuit_error(rows: Tensor, directions: Tensor, k: int) -> Tensor:

@@ -8,6 +8,7 @@
     settings     what can be trained and how
     families/    the loss of each, in closed form over active latents
     training/    the step, dead latents, checkpoints, several processes, the loop
+    heads        each latent's share per head, where heads lie side by side
     metrics      what a dictionary explains, and what the model keeps when it runs on it
     methods/     the study `train-dictionary`
     kernels/     selection, sparse decode and the fused update, on plain PyTorch, a compiled CPU path and Triton
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from assay.dictionaries.dictionary import Card, Dictionary, Site
     from assay.dictionaries.formats import load
     from assay.dictionaries.formats.sites import after_gain
+    from assay.dictionaries.heads import HeadShares, head_shares
     from assay.dictionaries.latents import SparseLatents
     from assay.dictionaries.metrics import reconstruction, recovered
     from assay.dictionaries.settings import Training
@@ -38,6 +40,7 @@ _WHERE = {
     "dictionary": ("Card", "Dictionary", "Site"),
     "formats": ("load",),
     "formats.sites": ("after_gain",),
+    "heads": ("HeadShares", "head_shares"),
     "metrics": ("reconstruction", "recovered"),
     "settings": ("Training",),
     "training.runs": ("Wanted", "train", "train_many"),
@@ -53,6 +56,7 @@ __all__ = [
     "Dictionary",
     "Gated",
     "GroupMax",
+    "HeadShares",
     "JumpReLU",
     "ReLU",
     "Site",
@@ -62,6 +66,7 @@ __all__ = [
     "Training",
     "Wanted",
     "after_gain",
+    "head_shares",
     "load",
     "reconstruction",
     "recovered",

@@ -35,7 +35,7 @@ class Training(BaseModel):
     summed over `d` and averaged over the batch, in those units. The factor is folded into the weights at the end.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     family: FamilyName = Field(default="topk", description="What kind of dictionary.")
     latents: int = Field(default=4096, ge=1, description="How many latents (for a cross-layer transcoder, a layer).")
@@ -107,6 +107,8 @@ class Training(BaseModel):
             raise ValueError(f"k is {self.k} and there are {self.latents} latents; give a smaller k")
         if abs(sum(self.groups) - 1) > 1e-6 or min(self.groups, default=0) <= 0:
             raise ValueError(f"groups are {self.groups}; they are positive shares that add up to 1")
+        if self.family == "matryoshka" and min(self.sizes()) < 1:
+            raise ValueError(f"groups of {self.sizes()} latents: each needs one; give more latents, or other groups")
         if self.target_l0 != type(self).model_fields["target_l0"].default and self.penalty != "target":
             raise ValueError("target_l0 is used by penalty='target' alone; give both")
         if self.dead == "resample" and self.family in _OF_FAMILY["k"]:

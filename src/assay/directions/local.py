@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from assay.activations.subject import Subject
 from assay.base.errors import NumericalError, SpecError
+from assay.base.rng import numpy_stream
 from assay.base.stats import Interval, bootstrap_interval
 from assay.directions.data import several
 
@@ -36,6 +37,8 @@ class Locality:
         cosine: Truncated against full context of the same document, averaged over documents, `[sites, ks]`.
         floor: The same between each document and another one, `[sites, ks]`.
         by_document: The cosines of each document, `[sites, ks, documents]`.
+        floor_by_document: The mean of each document with all others, `[sites, ks, documents]`.
+        null: The mean cosine when each document is paired with another one at random, `[draws, sites, ks]`.
         n: Documents.
     """
 
@@ -44,6 +47,8 @@ class Locality:
     cosine: Float[np.ndarray, "sites ks"]
     floor: Float[np.ndarray, "sites ks"]
     by_document: Float[np.ndarray, "sites ks documents"]
+    floor_by_document: Float[np.ndarray, "sites ks documents"]
+    null: Float[np.ndarray, "draws sites ks"]
     n: int
 
     def interval(self, site: str, k: int, *, seed: int = 0) -> Interval:
@@ -65,6 +70,8 @@ def local_processing(
     sites: str | Sequence[str] = "blocks.*.resid_post",
     bos: int | None = None,
     batch: int = 16,
+    draws: int = 99,
+    seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Locality:
     """Read each document's last token with its whole context and with the last k tokens alone.
@@ -77,6 +84,8 @@ def local_processing(
         bos: The token set before the kept ones; the tokenizer's own where it has one. Without one, none is: the first
             kept token is then read as a first token is, which changes it in models that use it as a sink.
         batch: Documents that go through the model at once.
+        draws: How many times documents are paired with others at random, none with itself.
+        seed: Seed of the pairs.
         progress: Told how many runs of documents are done, of how many.
 
     Raises:
@@ -112,6 +121,7 @@ def local_processing(
     told(len(rows))
     cosine = np.zeros((len(names), len(kept), len(rows)))
     floor = np.zeros_like(cosine)
+    null, partners = np.zeros((draws, len(names), len(kept))), _partners(len(rows), draws, seed)
     for j, k in enumerate(kept):
         cut = [_shortened(row, k, start) for row in rows]
         short = _last(subject, cut, names, batch)
@@ -122,6 +132,7 @@ def local_processing(
             cosine[i, j] = np.diagonal(table)
             # Every document against every other, so that the floor has no luck of the draw in it.
             floor[i, j] = (table.sum(axis=1) - np.diagonal(table)) / (len(rows) - 1)
+            null[:, i, j] = table[np.arange(len(rows)), partners].mean(axis=1)
         told(len(rows) * (j + 2))
     return Locality(
         sites=names,
@@ -129,8 +140,20 @@ def local_processing(
         cosine=cosine.mean(axis=2),
         floor=floor.mean(axis=2),
         by_document=cosine,
+        floor_by_document=floor,
+        null=null,
         n=len(rows),
     )
+
+
+def _partners(n: int, draws: int, seed: int) -> Int[np.ndarray, "draws documents"]:
+    """Another document for each: the next one round a ring in random order."""
+    rng = numpy_stream(seed, "local processing", "pairs")
+    found = np.zeros((draws, n), dtype=np.int64)
+    for row in found:
+        ring = rng.permutation(n)
+        row[ring] = np.roll(ring, 1)
+    return found
 
 
 def _ids(subject: Subject, texts: Any) -> list[list[int]]:

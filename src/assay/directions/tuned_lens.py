@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,8 +97,8 @@ class TunedLens:
                 "subject",
             )
 
-    def save(self, path: str | Path) -> None:
-        """Write the lens as one safetensors file."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that the lens is, as arrays: its numbers, and what it belongs to as the bytes of a JSON text."""
         about = {
             "format": FORMAT,
             "sites": list(self.sites),
@@ -106,12 +106,44 @@ class TunedLens:
             "losses": list(self.losses),
             "origin": self.origin.to_dict(),
         }
-        arrays = {"weight": self.weight.numpy(), "bias": self.bias.numpy()}
-        write_safetensors(user_path(path), arrays, {"assay": json.dumps(about)})
+        said = np.frombuffer(json.dumps(about).encode("utf-8"), dtype=np.uint8)
+        return {"weight": self.weight.numpy(), "bias": self.bias.numpy(), "about": said}
+
+    def save(self, path: str | Path) -> None:
+        """Write the lens as one safetensors file."""
+        arrays = self.arrays()
+        about = arrays.pop("about").tobytes().decode("utf-8")
+        write_safetensors(user_path(path), arrays, {"assay": about})
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], source: str = "this") -> TunedLens:
+        """The lens whose `arrays` these are.
+
+        Args:
+            arrays: Its arrays.
+            source: What they were read from, for errors.
+
+        Raises:
+            DamagedFile: They are of no lens.
+        """
+        try:
+            about: dict[str, Any] = json.loads(arrays["about"].tobytes() or b"{}")
+            if about.get("format") != FORMAT:
+                raise DamagedFile(f"{source} holds no lens that assay wrote")
+            return cls(
+                sites=tuple(about["sites"]),
+                weight=torch.from_numpy(np.array(arrays["weight"])),
+                bias=torch.from_numpy(np.array(arrays["bias"])),
+                unembedding=about["unembedding"],
+                losses=tuple(about["losses"]),
+                origin=Origin.from_dict(about["origin"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedFile(f"{source} is no lens: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, subject: Subject | None = None) -> TunedLens:
-        """Read back what `save` wrote, and check it against a subject where one is given.
+        """Read back what `save` wrote, or a study's artifact, and check it against a subject where one is given.
 
         Raises:
             DamagedFile: It is no such file.
@@ -121,21 +153,14 @@ class TunedLens:
 
         file = user_path(path)
         try:
-            with safe_open(file, framework="pt") as opened:
-                about: dict[str, Any] = json.loads((opened.metadata() or {}).get("assay", "{}"))
-                if about.get("format") != FORMAT:
-                    raise DamagedFile(f"{file} holds no lens that assay wrote")
-                weight, bias = opened.get_tensor("weight"), opened.get_tensor("bias")
-        except (SafetensorError, OSError, ValueError) as error:
+            with safe_open(file, framework="np") as opened:
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+                said = (opened.metadata() or {}).get("assay", "")
+        except (SafetensorError, OSError, TypeError) as error:
             raise DamagedFile(f"{file} is no lens: {error}") from error
-        lens = cls(
-            sites=tuple(about["sites"]),
-            weight=weight,
-            bias=bias,
-            unembedding=about["unembedding"],
-            losses=tuple(about["losses"]),
-            origin=Origin.from_dict(about["origin"]),
-        )
+        if "about" not in arrays:
+            arrays["about"] = np.frombuffer(said.encode("utf-8"), dtype=np.uint8)
+        lens = cls.from_arrays(arrays, str(file))
         if subject is not None:
             lens.check(subject)
         return lens

@@ -10,10 +10,14 @@ METHOD_MODULES: tuple[str, ...] = (
     "assay.dictionaries.methods.train",
     "assay.directions.methods.behaviour",
     "assay.directions.methods.dual_basis",
+    "assay.directions.methods.edit_fact",
     "assay.directions.methods.erase",
     "assay.directions.methods.function_vector",
+    "assay.directions.methods.lens",
+    "assay.directions.methods.local",
     "assay.directions.methods.probe",
     "assay.directions.methods.steer",
+    "assay.directions.methods.subspace",
     "assay.explain.method",
 )
 """Modules that register methods. Importing one must not import torch."""

@@ -84,7 +84,8 @@ class Study(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return the spec as JSON values with every file replaced by the hash of its contents.
 
-        A field is a file when its `json_schema_extra` holds `"file": True`.
+        A field is a file when its `json_schema_extra` holds `"file": True`. A folder is one when that holds
+        `"file": [patterns]`: it is known by the files in it that match, such as a manifest with the hashes of all.
 
         Raises:
             SpecError: A file cannot be read.
@@ -97,7 +98,7 @@ class Study(BaseModel):
             if str(path) == ".":  # what an empty text becomes as a path
                 raise SpecError(f"{name}: is empty, and a file is needed", field=name)
             try:
-                identity[name] = {"sha256": file_sha256(user_path(path, partial(SpecError, field=name)))}
+                identity[name] = _content(user_path(path, partial(SpecError, field=name)), patterns(self.spec, name))
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise SpecError(f"{name}: cannot read {str(path)!r}: {reason}", field=name) from error
@@ -164,8 +165,22 @@ class Study(BaseModel):
         return execute(self, subject=subject, out=out, watcher=progress or ignore, cache=cache, cancel=cancel).findings
 
 
+def patterns(spec: BaseModel, name: str) -> list[str]:
+    """What tells one folder of this field from another: patterns of files in it; none where the field is a file."""
+    extra = type(spec).model_fields[name].json_schema_extra
+    told = extra.get("file") if isinstance(extra, dict) else None
+    return [str(each) for each in told] if isinstance(told, list) else []
+
+
+def _content(path: Path, inside: list[str]) -> dict[str, Any]:
+    if not inside:
+        return {"sha256": file_sha256(path)}
+    files = sorted({file for pattern in inside for file in path.glob(pattern)})
+    return {"files": {file.relative_to(path).as_posix(): file_sha256(file) for file in files}}
+
+
 def files_of(spec: BaseModel) -> list[str]:
-    """The fields of a spec that name files: those whose `json_schema_extra` holds `"file": True`."""
+    """The fields of a spec that name files or folders of them: those whose `json_schema_extra` holds `"file"`."""
     fields = type(spec).model_fields.items()
     return [name for name, field in fields if isinstance(e := field.json_schema_extra, dict) and e.get("file")]
 

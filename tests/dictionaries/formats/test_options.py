@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from assay.base.errors import DamagedFile, SpecError
 from assay.dictionaries import Gated, JumpReLU, ReLU, TopK, load
+from assay.dictionaries.formats.format import save_pickle
 
 
 @pytest.fixture(autouse=True)
@@ -282,3 +283,27 @@ def test_gates_survive_the_other_parametrisation(tmp_path: Path) -> None:
         again = load(dictionary.save(tmp_path / format, format))
         assert torch.equal(again.activation.log_gain, activation.log_gain)
         torch.testing.assert_close(again.activation.offset, activation.offset)
+
+
+def test_a_negative_threshold_before_or_after_a_relu_is_zero(tmp_path: Path) -> None:
+    """dictionary_learning trains thresholds without a bound, and its ReLU makes a negative one the same as 0."""
+    generator = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(8, 16, generator=generator), torch.randn(16, 8, generator=generator)
+    threshold = torch.linspace(-0.5, 0.5, 16)
+    state = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": torch.zeros(16), "b_dec": torch.zeros(8), "threshold": threshold}
+    torch.save(state, tmp_path / "ae.pt")
+    config = {"trainer": {"dict_class": "JumpReluAutoEncoder", "activation_dim": 8, "dict_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.randn(32, 8, generator=generator)
+    h = x @ W_enc
+    wanted = torch.relu(h * (h > threshold))
+    torch.testing.assert_close(load(tmp_path, site="blocks.0.resid_post").encode(x), wanted)
+
+
+@pytest.mark.parametrize("name", ["plain", "with.pt", "of.many.points"])
+def test_a_pickle_may_have_any_name(tmp_path: Path, name: str) -> None:
+    dictionary = made(ReLU())
+    save_pickle({"W": dictionary.W_enc}, tmp_path / name)
+    assert torch.equal(torch.load(tmp_path / name, weights_only=True)["W"], dictionary.W_enc)
+    again = load(dictionary.save(tmp_path / f"{name}-saved", "goodfire"), format="goodfire", site="blocks.0.resid_post")
+    torch.testing.assert_close(again.W_dec, dictionary.W_dec)

@@ -121,9 +121,9 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     train(features(), settings(steps=5), reads=SITE, out=tmp_path)
-    with pytest.raises(SpecError, match="holds a run with settings"):
+    with pytest.raises(SpecError, match="holds a run with other settings"):
         train(features(), settings(steps=5, seed=1), reads=SITE, out=tmp_path)
-    with pytest.raises(SpecError, match="holds a run with data"):
+    with pytest.raises(SpecError, match="holds a run with other data"):
         train(features(seed=1), settings(steps=5), reads=SITE, out=tmp_path)
 
 
@@ -209,6 +209,8 @@ def test_rows_that_are_not_finite_are_named(tmp_path):
         ({"family": "l1", "k": 3}, "k means nothing for family 'l1'"),
         ({"family": "topk", "k": 100}, "smaller k"),
         ({"family": "matryoshka", "groups": (0.5, 0.2)}, "add up to 1"),
+        ({"family": "matryoshka", "latents": 8, "k": 2, "groups": (0.01, 0.99)}, "each needs one"),
+        ({"family": "l1", "sparsity": float("inf")}, "finite"),
         ({"family": "topk", "dead": "resample"}, "dead='aux'"),
         ({"family": "jumprelu", "target_l0": 4.0}, "penalty='target'"),
         ({"family": "topk", "betas": (0.9, 1.0)}, r"\[0, 1\)"),

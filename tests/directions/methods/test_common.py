@@ -19,7 +19,7 @@ from assay.studies import Study
 from assay.studies.target import LoadedCard
 
 NAMES = "Mary John Paris France store drink milk capital When gave went the to of is and".split()
-METHODS = ("probe", "erase", "steer", "function-vector")
+METHODS = ("probe", "edit-fact", "erase", "steer", "function-vector", "lens", "local")
 TEXTS = {
     "labelled": [
         {"text": f"{name} {'gave a drink' if label else 'is the store'}", "label": label, "group": name}
@@ -28,6 +28,11 @@ TEXTS = {
     ],
     "pairs": [{"positive": f"{name} gave a drink", "negative": f"{name} is the store"} for name in NAMES],
     "prompts": [{"text": f"the store {name}"} for name in NAMES[:4]],
+    "train": [{"text": f"{name} gave the milk to {name}"} for name in NAMES],
+    "facts": [
+        {"prompt": "{} went to the", "subject": name, "target": " milk", "original": " store", "neighbours": ["the"]}
+        for name in NAMES[:2]
+    ],
     "items": [{"input": name, "output": NAMES[i - 5]} for i, name in enumerate(NAMES)],
 }
 
@@ -56,6 +61,13 @@ def small(method: str, files: dict[str, Path]) -> dict[str, Any]:
     site = "blocks.1.resid_post"
     return {
         "probe": {"data": files["labelled"], "sites": site, "permutations": 19, "untrained": 1, "tasks": 2},
+        "edit-fact": {
+            "data": files["facts"],
+            "text": files["prompts"],
+            "unrelated": files["prompts"],
+            "steps": 2,
+            "random": 2,
+        },
         "erase": {"data": files["labelled"], "site": site, "random": 2, "texts": 2, "held_out": 0.5},
         "steer": {
             "data": files["pairs"],
@@ -67,6 +79,16 @@ def small(method: str, files: dict[str, Path]) -> dict[str, Any]:
             "controls": 2,
         },
         "function-vector": {"data": files["items"], "heads": 2, "shots": 2, "prompts": 2, "every": 2, "random": 2},
+        "lens": {
+            "data": files["prompts"],
+            "train": files["train"],
+            "tokens": 2,
+            "steps": 2,
+            "controls": 2,
+            "shuffles": 19,
+            "untrained": 2,
+        },
+        "local": {"data": files["prompts"], "ks": (1, 2), "k": 2, "draws": 19},
     }[method]
 
 

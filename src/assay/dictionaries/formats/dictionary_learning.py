@@ -211,7 +211,8 @@ def _encoder(kind: str, found: Mapping[str, Tensor], use_threshold: bool, file: 
                 "keep k a row",
                 "threshold",
             )
-        activation = JumpReLU(threshold=threshold.expand(len(bias)).clone())
+        # a trained threshold may be negative; a ReLU follows there, so that is the same as 0
+        activation = JumpReLU(threshold=threshold.clamp_min(0).expand(len(bias)).clone())
     return {"b_enc": bias, "activation": activation}
 
 

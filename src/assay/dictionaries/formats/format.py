@@ -281,8 +281,9 @@ def save_pickle(value: Any, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     try:
-        torch.save(value, path)
-    except RuntimeError as error:  # torch's own writer does not raise OSError
+        with path.open("wb") as file:  # given a path, torch refuses names that have no ending
+            torch.save(value, file)
+    except (OSError, RuntimeError) as error:  # torch's own writer does not raise OSError
         raise output_error(path, error) from error
 
 

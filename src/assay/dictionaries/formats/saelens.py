@@ -274,7 +274,8 @@ def _encoder(kind: str, config: Mapping[str, Any], found: Mapping[str, Tensor]) 
             raise SpecError(f"a topk dictionary says k = {config.get('k')!r}; it must be an int", "k")
         activation = TopK(k=config["k"])
     elif "threshold" in found:
-        activation = JumpReLU(threshold=found["threshold"])
+        # a ReLU comes before the threshold there, so a negative one is the same as 0
+        activation = JumpReLU(threshold=found["threshold"].clamp_min(0))
     elif "log_threshold" in found:
         activation = JumpReLU(threshold=found["log_threshold"].exp())
     elif "topk_threshold" in found:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from assay.base.findings import Finding
 from assay.base.method import Context
@@ -16,6 +17,12 @@ from assay.base.views import Distribution, Lines, Series, Table, View
 from assay.controls.verdicts import compare, verdict
 from assay.dictionaries.methods.train import TrainSpec
 
+_ARMS = {
+    "decoder": "decoder frozen",
+    "encoder": "encoder frozen",
+    "random-tokens": "random tokens",
+    "reinitialised": "redrawn weights",
+}
 _SHARES = ("ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "kl_recovered_mean")
 
 
@@ -29,6 +36,7 @@ class Report:
     rows: Mapping[str, Any]
     model: Mapping[str, Any]
     arms: Mapping[str, Any]
+    heads: Mapping[str, Float[np.ndarray, "latent head"]]
     python: str
     ctx: Context
 
@@ -88,12 +96,17 @@ class Report:
         share, ci = float(self.model["ce_recovered_mean"]), self.model["intervals"]["ce_recovered_mean"]
         active, chance = float(self.rows["l0"]), float(np.mean(self.rows["random"]))
         random = float(np.mean(self.model["random"])) - float(self.model["ce"])
+        beyond: tuple[str, ...] = ()
+        if self.arms:
+            each = ", ".join(f"{_ARMS[name]} {float(arm['fve']):.1%}" for name, arm in self.arms.items())
+            beyond = (f"The same training explains: {each}; each of held-out rows of its own.",)
         return (
             f"{self.spec.family}, {self.spec.latents} latents at {self.site}: {explains.estimate:.1%} of the variance "
             f"with {active:.1f} active; random directions {chance:.1%} ({explains.verdict}).",
             f"The model on it recovers {share:.1%} (95% {ci['low']:.1%} to {ci['high']:.1%}) of the loss against mean "
             f"ablation, {float(self.model['ce_recovered_zero']):.1%} against zero; its errors cost "
             f"{harmless.estimate:.3f} nats, random ones {random:.3f} ({harmless.verdict}).",
+            *beyond,
         )
 
     def warnings(self) -> tuple[str, ...]:
@@ -103,6 +116,12 @@ class Report:
             found.append(f"{float(self.rows['dead']):.0%} of the latents are never active on held-out rows.")
         if float(self.rows["dense"]) > 0.02:
             found.append(f"{float(self.rows['dense']):.1%} of the latents are active on more than a tenth of the rows.")
+        best = max(self.arms, key=lambda name: float(self.arms[name]["fve"]), default=None)
+        if best is not None and float(self.arms[best]["fve"]) >= float(self.rows["fve"]):
+            found.append(
+                f"The same training explains as much with {_ARMS[best]} ({float(self.arms[best]['fve']):.1%}): this "
+                "share of variance says nothing of what was learned."
+            )
         return tuple(found)
 
     def views(self) -> tuple[View, ...]:
@@ -145,7 +164,34 @@ class Report:
             curve("l0", "Active latents while training", "latents a row"),
             curve("dead", "Dead latents while training", "share"),
             self.density(),
+            *self.of_heads(),
         )
+
+    def of_heads(self) -> tuple[Table, ...]:
+        """For each site of concatenated heads, what of the latents lies in which head."""
+        made = []
+        for number, name in enumerate(each for each in self.heads if each.startswith("decoder ")):
+            site = name.removeprefix("decoder ")
+            writes, reads = self.heads[name], self.heads[f"encoder {site}"]
+            alive = writes.sum(1) > 0
+            mostly = np.bincount(writes[alive].argmax(1), minlength=writes.shape[1])
+            rows = [
+                (head, float(writes[:, head].mean()), float(reads[:, head].mean()), int(mostly[head]))
+                for head in range(writes.shape[1])
+            ]
+            made.append(
+                Table(
+                    id=f"heads-{number}",
+                    section="Heads",
+                    title=f"What of the latents lies in each head of {site}",
+                    caption="Shares of the squared length of decoder and encoder rows, averaged over latents, and the "
+                    "latents whose decoder row lies in that head more than in any other.",
+                    columns=("head", "decoder share", "encoder share", "latents"),
+                    rows=rows,
+                    python=self.python,
+                )
+            )
+        return tuple(made)
 
     def table(self) -> tuple[tuple[str, float, float | None, float | None], ...]:
         """Every measure, with its interval where it has one."""
@@ -161,9 +207,12 @@ class Report:
             rows.append((name, float(self.model[name]), interval["low"], interval["high"]))
         names = ("ce", "ce_dictionary", "ce_zero", "ce_mean", "kl_dictionary", "kl_zero", "kl_mean")
         rows += [(n, float(self.model[n]), None, None) for n in names]
-        for part, arm in self.arms.items():
-            rows.append((f"fve, {part} frozen", float(arm["fve"]), arm["interval"]["low"], arm["interval"]["high"]))
-            rows.append((f"l0, {part} frozen", float(arm["l0"]), None, None))
+        for name, arm in self.arms.items():
+            said = _ARMS[name]
+            rows.append((f"fve, {said}", float(arm["fve"]), arm["interval"]["low"], arm["interval"]["high"]))
+            rows.append((f"l0, {said}", float(arm["l0"]), None, None))
+            if "fve_of_text" in arm:
+                rows.append((f"fve, trained on {said}, of these rows", float(arm["fve_of_text"]), None, None))
         return tuple(rows)
 
     def density(self) -> Lines:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,23 @@ def _read(place: Path) -> Checkpoint:
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
     for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
+        differ = list(_differences(before.get(name), now.get(name), name))
+        if differ:
+            said = "; ".join(f"{what} {old!r:.60}, now {new!r:.60}" for what, old, new in differ[:4])
             raise SpecError(
-                f"{str(place.parent)!r} holds a run with {name} {before.get(name)!r}, and {now.get(name)!r} was asked: "
-                "give another folder, or ask for the same",
+                f"{str(place.parent)!r} holds a run with other {name} ({said}): give another folder, or ask for the "
+                "same",
                 name,
             )
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """What differs, at the depth where it does."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), key)
+    elif before != now:
+        yield name, before, now
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from assay.activations.source import Source
 from assay.base.artifacts import user_path, write_parquet
-from assay.base.errors import SpecError, UnknownSite, nearest
+from assay.base.errors import OutputError, SpecError, UnknownSite, nearest
 from assay.base.method import Progress
 from assay.base.sites import parse_site
 from assay.dictionaries.settings import Training
@@ -193,6 +194,8 @@ class _Run:
         self.kept = folder / "checkpoints" if folder is not None else None
         if self.kept is not None and grid.size > 1:
             self.kept /= f"rank_{grid.rank}"
+        if folder is not None:
+            _check_place(folder)
         self.found = _agreed(self.kept, self.asked, grid)
         # what the first rows decide is in a checkpoint, and a stream need not be filled twice
         first = source.batch(0) if self.found is None else {n: torch.ones(1, w) for n, w in source.widths.items()}
@@ -226,6 +229,15 @@ class _Run:
         self.grid.wait()  # so that every process finds it there
         resumed = 0 if self.found is None else self.found.step
         return Trained(dictionary=dictionary, curves=curves, steps=self.trainer.state.step, resumed_at=resumed)
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder that cannot be written before anything is trained; nothing is made yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"cannot write {str(folder)!r}: {str(there)!r} is a file; give another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {str(folder)!r}: {str(there)!r} is not writable; give another folder")
 
 
 def _agreed(folder: Path | None, asked: Mapping[str, Any], grid: Mesh) -> checkpoints.Checkpoint | None:

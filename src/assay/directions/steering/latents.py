@@ -40,7 +40,7 @@ def steer_latent(
         positions: Where.
 
     Raises:
-        SpecError: There is no such latent.
+        SpecError: There is no such latent; or the dictionary writes another site, or normalises each row.
         NumericalError: It never fires, so there is nothing to measure doses in.
     """
     _check(dictionary, [latent])
@@ -62,7 +62,7 @@ def clamp_latents(dictionary: Dictionary, values: Mapping[int, float], *, positi
         positions: Where.
 
     Raises:
-        SpecError: There is no such latent.
+        SpecError: There is no such latent; or the dictionary writes another site, or normalises each row.
     """
     _check(dictionary, list(values))
     index, level = torch.tensor(list(values)), torch.tensor([float(value) for value in values.values()])
@@ -225,6 +225,18 @@ def dense(z: Any) -> Tensor:
 
 
 def _check(dictionary: Dictionary, latents: Sequence[int]) -> None:
+    if getattr(dictionary, "kind", "sae") != "sae":  # its rows belong to another site than the one it reads
+        raise SpecError(
+            f"a {getattr(dictionary, 'kind', '')} writes elsewhere than it reads; steer with a dictionary of one site, "
+            "or add its decoder's rows with assay.Add where they are written",
+            "dictionary",
+        )
+    normalised = getattr(getattr(dictionary, "card", None), "normalisation", "none")
+    if normalised != "none":  # decode() answers in units of rows that were normalised one by one
+        raise SpecError(
+            f"this dictionary normalises each row ({normalised}), so that a latent has no size of its own to set",
+            "dictionary",
+        )
     wrong = [latent for latent in latents if not 0 <= int(latent) < dictionary.n_latents]
     if wrong or not latents:
         said = f"{wrong[0]} is not one of them" if wrong else "none was given"

@@ -141,3 +141,12 @@ def test_an_arm_of_random_tokens_is_the_same_model_on_other_tokens(stored, tmp_p
     assert again.describe() == arm.describe()
     with pytest.raises(SpecError, match="holds another harvest"):
         harvest_arm(subject, store, "random-tokens", out=tmp_path / "arm", sites=store.sites[1:], seed=4)
+
+
+def test_the_share_is_that_of_all_rows_however_many_there_are():
+    rows = torch.randn(1100, 12, generator=torch.Generator().manual_seed(5)) * torch.linspace(0.1, 3, 12)
+    (whole,) = random_dictionaries(rows, 40, 3, draws=1)
+    centred = rows - rows.mean(0)
+    parts = [random_dictionaries(torch.cat([p, -p]), 40, 3, draws=1)[0] for p in centred.split(300)]  # each of mean 0
+    sizes = [float(p.square().sum()) for p in centred.split(300)]
+    assert whole == pytest.approx(float(np.average(parts, weights=sizes)), abs=1e-5)

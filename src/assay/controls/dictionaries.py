@@ -33,6 +33,10 @@ Arm = Literal["random-tokens", "reinitialised"]
 """What a dictionary is trained on that has nothing to be found in it."""
 
 
+_BLOCK = 512
+"""Rows whose chosen directions are held at once."""
+
+
 def random_dictionaries(
     rows: Float[Tensor, "rows d"],
     n_latents: int,
@@ -50,7 +54,7 @@ def random_dictionaries(
     and then fitted together by least squares. A trained encoder is not given that: the null is generous.
 
     Args:
-        rows: Held-out rows; some hundreds are enough.
+        rows: The held-out rows that the dictionary itself was measured on.
         n_latents: Size of the dictionary under test.
         k: Its mean number of active latents, rounded.
         draws: How many random dictionaries.
@@ -81,7 +85,9 @@ def random_dictionaries(
     for draw in range(draws):
         stream = torch_stream(seed, "random dictionary", draw)
         directions = torch.nn.functional.normalize(torch.randn(n_latents, rows.shape[1], generator=stream), dim=1)
-        shares.append(1 - float(_pursuit_error(centred, directions.to(rows.device), k)) / total)
+        directions = directions.to(rows.device)
+        left = sum(float(_pursuit_error(block, directions, k)) for block in torch.split(centred, _BLOCK))
+        shares.append(1 - left / total)
         if progress is not None:
             progress(draw + 1, draws)
     return shares

@@ -30,7 +30,7 @@ class TrainSpec(Training):
         default=(), description="The site it writes, for a transcoder; where not given, what it reads."
     )
     cross_layer: bool = Field(default=False, description="Latents of each site write to that site and all later ones.")
-    held_out: int = Field(default=4096, ge=64, description="Rows at the end of the store that are not trained on.")
+    held_out: int = Field(default=2048, ge=64, description="Rows at the end of the store that are not trained on.")
     texts: int = Field(default=16, ge=2, description="Held-out texts on which the model runs on the dictionary.")
     draws: int = Field(default=19, ge=19, description="Random dictionaries and random errors to hold it against.")
     arms: tuple[ArmName, ...] = Field(
@@ -80,7 +80,7 @@ class TrainSpec(Training):
         return Training(**(given | {"seed": self.training_seed}))
 
 
-@method(name="train-dictionary", spec=TrainSpec, version="2", steps="assay.dictionaries.methods.train_job:planned")
+@method(name="train-dictionary", spec=TrainSpec, version="3", steps="assay.dictionaries.methods.train_job:planned")
 def train_dictionary(subject: Any, spec: TrainSpec, ctx: Context) -> Findings:
     """Train a dictionary on stored activations, and say what it explains beyond chance.
 

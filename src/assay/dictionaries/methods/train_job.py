@@ -26,8 +26,6 @@ _HARVESTED = frozenset({"random-tokens", "reinitialised"})
 """Arms that have activations of their own."""
 _FLOPS = 1.2e11
 """Multiplications and additions that a step's matrix product does in a second on two cores, for the plan."""
-_NULL_ROWS = 512
-"""Held-out rows on which random dictionaries are fitted."""
 _RATE = 8e10
 """Parameters times tokens that a forward does in a second on two cores, for the plan."""
 
@@ -113,12 +111,13 @@ def _steps(data: _Data, spec: TrainSpec, seed: int, parameters: int) -> list[Ste
     training = 2.5 * spec.steps * product / _FLOPS
     weights = 4 * parts * spec.latents * (2 * data.width + 1)
     held = {"held_out": spec.held_out, "draws": spec.draws, "seed": seed}
+    active = min(spec.k if spec.family in ("topk", "batchtopk", "matryoshka") else 32, data.width)
     steps = [
         StepSpec(name="train", inputs=inputs, tokens=spec.steps * spec.batch, bytes=3 * weights, seconds=training),
         StepSpec(
             name="reconstruction",
             inputs=inputs | held,
-            seconds=spec.draws * 2.0 * _NULL_ROWS * 32 * product / spec.batch / _FLOPS,
+            seconds=spec.draws * active * spec.held_out * product / spec.batch / _FLOPS,
         ),
         StepSpec(
             name="model",
@@ -278,7 +277,7 @@ class _Measured:
         found = reconstruction(self.dictionary, x, y, groups=groups, seed=self.seed)
         k = max(1, round(found.l0))
         null = random_dictionaries(
-            y[:_NULL_ROWS], self.dictionary.n_latents, k, draws=self.spec.draws, seed=self.seed, progress=progress
+            y, self.dictionary.n_latents, k, draws=self.spec.draws, seed=self.seed, progress=progress
         )
         single = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.endswith("_interval")}
         return {

@@ -61,9 +61,8 @@ def lens(subject: Any, spec: LensSpec, ctx: Context) -> Findings:
     **Controls.** Translators given to other blocks; the streams of other texts, read against this text's next tokens;
     the logit lens on the same model with untrained weights, which ranks its own next tokens.
 
-    **What a lens shows.** That a linear (or affine) readout of the stream foretells the output, on these texts.
-
-    **When it misleads.** A lens that reads nothing is no evidence that nothing is there: early blocks need not write in
+    **When it misleads.** A lens shows that a linear (or affine) readout of the stream foretells the output on these
+    texts, and no more. A lens that reads nothing is no evidence that nothing is there: early blocks need not write in
     the final basis. A tuned lens can learn what later blocks compute, so that it shows what is decodable and not what
     the model has computed or uses. A stream carries its input along, so untrained models agree with themselves early
     too; only what is above them is learnt. The block at which the answer settles is a property of the lens as much as

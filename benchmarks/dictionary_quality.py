@@ -2,7 +2,7 @@
 
     python benchmarks/dictionary_quality.py features                       known features in superposition: every family
     python benchmarks/dictionary_quality.py model STORE [--latents 4608] [--steps 1500] [--seeds 3] [--k 32]
-        [--libraries assay sae-lens ...] [--families topk ...] [--venvs FOLDER]
+        [--libraries assay sae-lens ...] [--families topk ...] [--venvs FOLDER] [--results FILE]
 
 `features`: rows that are sums of known directions (`assay.zoo.features`); the mean over features of the largest cosine
 with a decoder row, per family, over seeds.
@@ -10,13 +10,15 @@ with a decoder row, per family, over seeds.
 `model`: a store of SmolLM2-135M-Instruct that `assay harvest` wrote (the README says from which text). Every library
 trains on the same rows in the same order with the same steps, batch and rate; what it saves is read by assay and
 measured on held-out rows and texts: the share of variance explained, L0, dead latents, cross-entropy recovered against
-mean and zero ablation. A cell is the mean over seeds and their lowest and highest.
+mean and zero ablation. A cell is the mean over seeds and their lowest and highest. With `--results` each run is
+added to a file of JSON lines as it ends, and a run that is there is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,9 @@ from assay.zoo.features import SITE, Features
 WORKER = Path(__file__).parent / "peers" / "dictionary_worker.py"
 LIBRARIES = ("assay", "sae-lens", "dictionary-learning", "eai-sparsify")
 FAMILIES = ("topk", "batchtopk", "jumprelu")
-HELD_OUT, TEXTS = 8192, 32
+HELD_OUT, TEXTS, BATCH = 8192, 32, 2048
+NOT_OFFERED = 3
+"""The worker's exit status for a family that a library does not have."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk": {"family": "topk", "k": 4},
     "batchtopk": {"family": "batchtopk", "k": 4},
@@ -99,64 +103,88 @@ def texts_of(store: Store) -> torch.Tensor:
 def model(options: argparse.Namespace) -> None:
     """Train with every library, and print what each of their dictionaries is worth."""
     subject, store = assay.load(options.model), Store.open(options.store)
-    site, ids = store.sites[0], texts_of(store)
-    left = {"leave_first": int(store.parts[0][1].request["filter"]["skip_first"])}
-    table: dict[tuple[str, str, float], list[dict[str, float]]] = defaultdict(list)
+    pythons = {}
+    for library in options.libraries:
+        try:
+            pythons[library] = Path(sys.executable) if library == "assay" else environment(library, options.venvs)
+        except NotInstalled as error:
+            print(f"{library}: not installed: {error}", file=sys.stderr)
+    found = read(options.results)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         path, scale, held = rows_of(store, folder)
-        for library in options.libraries:
-            try:
-                python = Path(sys.executable) if library == "assay" else environment(library, options.venvs)
-            except NotInstalled as error:
-                print(f"{library}: not installed: {error}", file=sys.stderr)
+        ids, left = texts_of(store), {"leave_first": int(store.parts[0][1].request["filter"]["skip_first"])}
+        for asked in plan(options, list(pythons)):
+            if any(asked == run["asked"] for run in found):
                 continue
-            for family in options.families:
-                for strength in STRENGTHS.get((library, family), (0.0,)):
-                    for seed in range(options.seeds):
-                        out = folder / f"{library}-{family}-{strength}-{seed}"
-                        asked = {
-                            "library": library, "family": family, "latents": options.latents, "rows": str(path),
-                            "k": options.k, "steps": options.steps, "batch": 2048, "lr": options.lr, "seed": seed,
-                            "strength": strength, "out": str(out), "site": site,
-                        }  # fmt: skip
-                        done = subprocess.run(
-                            [str(python), str(WORKER), "train", json.dumps(asked)], capture_output=True, text=True
-                        )
-                        if done.returncode == 3:
-                            continue
-                        if done.returncode:
-                            print(f"{library} {family}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                            continue
-                        dictionary = load(out, **({} if library == "assay" else {"site": site})).folded(scale)
-                        measured = reconstruction(dictionary, held)
-                        lost = recovered(subject, dictionary, ids, **left)
-                        table[library, family, strength].append(
-                            {
-                                "fve": measured.fve, "l0": measured.l0, "dead": measured.dead,
-                                "ce": lost.ce_recovered_mean, "ce_zero": lost.ce_recovered_zero,
-                                "seconds": json.loads(done.stdout.strip().splitlines()[-1])["cpu_seconds"],
-                            }
-                        )  # fmt: skip
-                        print(library, family, strength, seed, table[library, family, strength][-1], file=sys.stderr)
-    report(table, options)
+            out = folder / "trained"
+            shutil.rmtree(out, ignore_errors=True)
+            request = json.dumps({**asked, "rows": str(path), "out": str(out), "site": store.sites[0]})
+            command = [str(pythons[asked["library"]]), str(WORKER), "train", request]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == NOT_OFFERED:
+                continue
+            if done.returncode:
+                print(f"{asked}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            dictionary = load(out, **({} if asked["library"] == "assay" else {"site": store.sites[0]})).folded(scale)
+            measured, lost = reconstruction(dictionary, held), recovered(subject, dictionary, ids, **left)
+            worth = {
+                "fve": measured.fve, "l0": measured.l0, "dead": measured.dead,
+                "ce": lost.ce_recovered_mean, "ce_zero": lost.ce_recovered_zero,
+                "seconds": json.loads(done.stdout.strip().splitlines()[-1])["cpu_seconds"],
+            }  # fmt: skip
+            found.append({"asked": asked, "worth": worth})
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(json.dumps(found[-1]) + "\n")
+    report(found, options)
 
 
-def report(table: dict[tuple[str, str, float], list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """Print the Pareto table."""
-    print(f"{date.today()}, {options.model}, {options.latents} latents, {options.steps} steps of 2048 rows, ", end="")
+def read(results: Path | None) -> list[dict[str, Any]]:
+    """What earlier runs of this script measured."""
+    if results is None or not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def plan(options: argparse.Namespace, libraries: list[str]) -> list[dict[str, Any]]:
+    """Every training run, one seed of all before the next."""
+    return [
+        {
+            "library": library, "family": family, "strength": strength, "seed": seed, "latents": options.latents,
+            "k": options.k, "steps": options.steps, "batch": BATCH, "lr": options.lr,
+        }
+        for seed in range(options.seeds)
+        for library in libraries
+        for family in options.families
+        for strength in STRENGTHS.get((library, family), (0.0,))
+    ]  # fmt: skip
+
+
+def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print the Pareto table of the runs with these settings."""
+    print(
+        f"{date.today()}, {options.model}, {options.latents} latents, {options.steps} steps of {BATCH} rows, ", end=""
+    )
     print(f"lr {options.lr}\n")
-    print("| family | library | L0 | fve | CE recovered (mean) | CE recovered (zero) | dead | CPU seconds |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (library, family, strength), runs in sorted(table.items(), key=lambda item: (item[0][1], item[0][0])):
+    print("| family | library | seeds | L0 | FVE | CE recovered (mean) | CE recovered (zero) | dead | CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    table: dict[tuple[str, str, float], list[dict[str, float]]] = defaultdict(list)
+    for run in found:
+        asked = run["asked"]
+        if all(asked[name] == getattr(options, name) for name in ("latents", "k", "steps", "lr")):
+            table[asked["family"], asked["library"], asked["strength"]].append(run["worth"])
+    for (family, library, strength), runs in sorted(table.items()):
         cells = []
         for name in ("l0", "fve", "ce", "ce_zero", "dead", "seconds"):
             values = np.asarray([run[name] for run in runs])
             digits = 1 if name in ("l0", "seconds") else 3
             spread = f" ({values.min():.{digits}f}, {values.max():.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}")
-        who = f"{library} {strength}" if strength else library
-        print(f"| {family} | {who} | " + " | ".join(cells) + " |")
+        who = f"{library}, weight {strength:g}" if strength else library
+        print(f"| {family} | {who} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -176,6 +204,7 @@ def main() -> None:
     real.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
     real.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     real.add_argument("--venvs", type=Path, default=home() / "peers")
+    real.add_argument("--results", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "model":

@@ -7,12 +7,12 @@ first and the JSON, which holds their SHA-256, last: a folder without its JSON i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from assay.base.artifacts import atomic_write_json, write_safetensors
 from assay.base.errors import DamagedFile, SpecError, nearest
+from assay.base.hashing import file_sha256
 from assay.dictionaries.activations import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
 from assay.dictionaries.crosslayer import CrossLayer
 from assay.dictionaries.dictionary import Card, Dictionary, Site
@@ -53,7 +53,7 @@ def _write_one(dictionary: Dictionary, path: Path) -> None:
         "schema": _SCHEMA,
         "activation": {"name": dictionary.activation.name, **dictionary.activation.settings()},
         "card": card,
-        "weights": {"file": _WEIGHTS, "sha256": _sha256(path / _WEIGHTS)},
+        "weights": {"file": _WEIGHTS, "sha256": file_sha256(path / _WEIGHTS)},
     }
     atomic_write_json(path / _JSON, document)
 
@@ -76,7 +76,7 @@ def _read_one(path: Path) -> Dictionary:
     weights = path / _WEIGHTS
     if not weights.is_file():
         raise DamagedFile(f"{str(path)!r} has no {_WEIGHTS}; its weights are missing")
-    if _sha256(weights) != document["weights"]["sha256"]:
+    if file_sha256(weights) != document["weights"]["sha256"]:
         raise DamagedFile(f"{str(weights)!r} does not have the hash that {_JSON} gives it: it was changed or cut short")
     kind = _activation_class(document["activation"]["name"], path)
     settings = {name: value for name, value in document["activation"].items() if name != "name"}
@@ -103,11 +103,6 @@ def _card(document: dict[str, Any], path: Path) -> Card:
             )
     sites = {name: tuple(Site(**site) for site in document[name]) for name in ("reads", "writes")}
     return Card(**{**document, **sites})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 FORMAT = Format(

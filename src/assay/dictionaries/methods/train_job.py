@@ -16,6 +16,7 @@ from jaxtyping import Float
 from assay.base.artifacts import user_path
 from assay.base.errors import SpecError
 from assay.base.findings import Findings
+from assay.base.hashing import file_sha256
 from assay.base.method import Context, Progress, StepSpec
 from assay.base.snippets import snippet
 from assay.dictionaries.methods.train import ArmName, TrainSpec
@@ -355,6 +356,5 @@ def _digest(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         total.update(path.name.encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(bytes.fromhex(file_sha256(path)))
     return total.hexdigest()

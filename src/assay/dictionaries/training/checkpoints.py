@@ -6,7 +6,6 @@ SHA-256 of the first and what the run was asked. A folder without its JSON was i
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from assay.base.artifacts import atomic_write_json, read_safetensors, write_safetensors
 from assay.base.errors import DamagedFile, SpecError
+from assay.base.hashing import file_sha256
 from assay.base.version import __version__
 from assay.dictionaries.formats.format import read_json
 
@@ -61,7 +61,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         "step": checkpoint.step,
         "asked": dict(checkpoint.asked),
         "source": {name: value for name, value in checkpoint.source.items() if name not in tensors},
-        "sha256": _sha256(place / "state.safetensors"),
+        "sha256": file_sha256(place / "state.safetensors"),
     }
     atomic_write_json(place / "state.json", document)
     for old in _whole(folder)[:-_KEPT]:
@@ -114,7 +114,7 @@ def _read(place: Path) -> Checkpoint:
     if document.get("schema") != _SCHEMA:
         raise DamagedFile(f"{str(place)!r} has schema {document.get('schema')!r} and should have {_SCHEMA!r}")
     weights = place / "state.safetensors"
-    if not weights.is_file() or _sha256(weights) != document["sha256"]:
+    if not weights.is_file() or file_sha256(weights) != document["sha256"]:
         raise DamagedFile(f"{str(weights)!r} is missing or does not have the hash it was written with")
     arrays = read_safetensors(weights)
     of_source = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_SOURCE)}
@@ -143,8 +143,3 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, A
             yield from _differences(before.get(key), now.get(key), key)
     elif before != now:
         yield name, before, now
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -42,7 +42,7 @@ from assay.zoo.features import SITE, Features
 WORKER = Path(__file__).parent / "peers" / "dictionary_worker.py"
 LIBRARIES = ("assay", "sae-lens", "dictionary-learning", "eai-sparsify")
 FAMILIES = ("topk", "batchtopk", "jumprelu")
-HELD_OUT, TEXTS, BATCH = 8192, 32, 2048
+HELD_OUT, TEXTS, BATCH = 4096, 16, 2048
 NOT_OFFERED = 3
 """The worker's exit status for a family that a library does not have."""
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -195,11 +195,15 @@ def assay(asked: Asked) -> tuple[Step, Save]:
 
 
 def _settle(trainer: object, x: torch.Tensor, k: int) -> None:
-    """Give a family without a k the biases with which k latents a row are active, as they are after training."""
+    """Give a family without a k the thresholds or biases with which k latents a row are active, as after training."""
     part = trainer.state.parts[0]
     rows = x * trainer.state.scale_in - trainer.state.b_dec
     h = rows[:256] @ part.W_enc.T
-    part.b_enc -= h.flatten().kthvalue(h.numel() - k * len(h)).values
+    bound = h.flatten().kthvalue(h.numel() - k * len(h)).values
+    if "threshold" in part.own:
+        part.own["threshold"].fill_(float(bound))
+    else:
+        part.b_enc -= bound
 
 
 TIMED = 10_000

@@ -12,6 +12,8 @@ from assay.dictionaries.families.l1 import power_at
 from assay.dictionaries.settings import Training
 
 ROWS, D, LATENTS = 64, 12, 40
+PLAIN = {"relative": False, "outliers": None}
+"""The loss of the paper and nothing else."""
 SETTINGS = {
     "topk": {"family": "topk", "k": 4},
     "batchtopk": {"family": "batchtopk", "k": 4},
@@ -73,8 +75,9 @@ def loss(
     centred: bool,
     widths=(),
     memory: dict[str, float] | None = None,
+    held: Tensor | None = None,
 ):
-    """`mean_b |y_hat - y|^2` and the penalty, for weights by name as the state has them.
+    """`mean_b w_b |y_hat - y|^2` and the penalty, for weights by name as the state has them; `w` is `held`, or 1.
 
     `memory` keeps the power and the factor of p-annealing from step to step.
     """
@@ -84,8 +87,11 @@ def loss(
     lengths = torch.stack([p.norm(dim=1) for p in W_dec.split(list(widths or (W_dec.shape[1],)), dim=1)]).sum(0)
     skip = x @ weights["W_skip"].T if "W_skip" in weights else 0
 
+    def mean_square(error):
+        return (error.square().sum(1) * (1 if held is None else held)).sum() / rows
+
     def sse(z, decoder=W_dec, bias=b_dec):
-        return (z @ decoder + bias + skip - y).square().sum() / rows
+        return mean_square(z @ decoder + bias + skip - y)
 
     family = settings.family
     if family == "topk":
@@ -112,7 +118,7 @@ def loss(
     if family == "gated":
         z = (weights["log_gain"].exp() * h + weights["offset"]).relu() * (h > 0)
         beside = skip.detach() if "W_skip" in weights else 0
-        alone = (h.relu() @ W_dec.detach() + b_dec.detach() + beside - y).square().sum() / rows
+        alone = mean_square(h.relu() @ W_dec.detach() + b_dec.detach() + beside - y)
         return sse(z) + c * h.relu().sum() / rows + alone
     z = h.relu()
     if family == "l1":

@@ -108,12 +108,16 @@ def test_a_folded_factor(factor, name, centred):
     folded = d.folded(factor)
     torch.testing.assert_close(folded.encode(x / factor), d.encode(x), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(folded(x / factor) * factor, d(x), rtol=1e-3, atol=1e-3)
+    known = replace(d, card=replace(d.card, mean_norm=6.0))
+    assert known.folded(factor).card.mean_norm == pytest.approx(6.0 / factor)
 
 
 def test_factors_of_columns_and_of_what_is_written():
     d, x = made(d_out=5, skip=True), rows(4)
     into, out = torch.rand(D) + 0.5, torch.rand(5) + 0.5
     torch.testing.assert_close(d.folded(into, out)(x / into) * out, d(x), rtol=1e-4, atol=1e-4)
+    known = replace(d, card=replace(d.card, mean_norm=6.0))
+    assert known.folded(into, out).card.mean_norm is None, "columns have grown by different factors"
     with pytest.raises(SpecError, match="must be positive"):
         d.folded(0.0)
     with pytest.raises(SpecError, match="one factor"):

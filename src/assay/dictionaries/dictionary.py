@@ -271,7 +271,8 @@ class Dictionary:
 
             W_enc <- W_enc factor    W_dec <- W_dec / factor_out    b_dec <- b_dec / factor_out
 
-        Activations of latents, thresholds and the encoder's bias stay.
+        Activations of latents, thresholds and the encoder's bias stay. The card's mean length becomes that of raw rows,
+        or None where columns have factors of their own.
 
         Args:
             factor: Of what it reads: one number, or one a column `[d_in]`.
@@ -291,7 +292,13 @@ class Dictionary:
         skip = self.W_skip
         if skip is not None:
             skip = skip * into / (out[:, None] if out.ndim else out)
-        return replace(self, W_enc=self.W_enc * into, W_dec=self.W_dec / out, b_dec=self.b_dec / out, W_skip=skip)
+        mean = self.card.mean_norm
+        if mean is not None:  # of rows that are now longer by one number, or by more than one
+            mean = mean / float(into.flatten()[0]) if bool((into == into.flatten()[0]).all()) else None
+        card = replace(self.card, mean_norm=mean)
+        return replace(
+            self, W_enc=self.W_enc * into, W_dec=self.W_dec / out, b_dec=self.b_dec / out, W_skip=skip, card=card
+        )
 
     def with_unit_decoder(self) -> Dictionary:
         """The same dictionary with decoder rows of length 1: lengths move into the encoder, biases and thresholds.

@@ -31,8 +31,10 @@ def _usual(family: str) -> str:
 class Training(BaseModel):
     """How a dictionary is trained.
 
-    Rows are multiplied by one factor a site, so that their mean length is `sqrt(d)`; the loss is the squared error
-    summed over `d` and averaged over the batch, in those units. The factor is folded into the weights at the end.
+    Rows are multiplied by one factor a site, so that their mean length is `sqrt(d)`; the loss `L` is the squared error
+    summed over `d` and averaged over the batch, in those units, with outliers held back, and the penalty. What is
+    minimised is `d log L`: Adam's steps are those of `L`, but for what its moments remember of other steps. The factor
+    is folded into the weights at the end.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -53,7 +55,12 @@ class Training(BaseModel):
     )
     target_l0: float = Field(default=32.0, gt=0, description="jumprelu with penalty target: active latents a row.")
     bandwidth: float = Field(default=0.05, gt=0, description="jumprelu: width of the window of its estimator.")
-    threshold: float = Field(default=0.01, ge=0, description="jumprelu: where thresholds start.")
+    threshold: float | None = Field(
+        default=None,
+        ge=0,
+        description="jumprelu: where thresholds start; where not given, 0.01, and with penalty target where each "
+        "latent is active in four times its share of the first rows.",
+    )
     p_end: float = Field(default=0.2, gt=0, le=1, description="p-anneal: the power that |z|^p ends with.")
     steps: int = Field(default=2000, ge=1, description="Optimiser steps.")
     batch: int = Field(default=2048, ge=1, description="Rows a step.")
@@ -65,6 +72,15 @@ class Training(BaseModel):
     warmup: float = Field(default=0.02, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     decay: float = Field(default=0.2, ge=0, le=1, description="Share of the steps, the last, in which it falls to 0.")
     sparsity_warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps in which `sparsity` rises.")
+    relative: bool = Field(
+        default=True,
+        description="Divide the gradient of each step by its loss, so that early steps do not rule Adam's moments.",
+    )
+    outliers: float | None = Field(
+        default=10.0,
+        gt=0,
+        description="How many times as hard as the usual row an outlier may pull; null for no bound.",
+    )
     clip: float | None = Field(default=None, gt=0, description="Largest norm of a step's gradient; slower where given.")
     centred: bool | None = Field(
         default=None,

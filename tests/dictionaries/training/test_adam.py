@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import loss
+from dense import PLAIN, loss
 
 from assay.dictionaries.settings import Training
 from assay.dictionaries.training.source import Rows
@@ -76,7 +76,7 @@ def test_fifty_steps_are_those_of_autograd_and_adam(name):
     data = rows()
     asked = Training(
         latents=40, steps=STEPS, batch=BATCH, lr=3e-3, warmup=0.1, decay=0.3, sparsity_warmup=0.3, dead="none",
-        **ASKED[name],
+        **PLAIN, **ASKED[name],
     )  # fmt: skip
     other = name.endswith(("transcoder", "skip"))
     trainer = Trainer(asked, data.batch(0), [READ], [WRITE] if other else None)

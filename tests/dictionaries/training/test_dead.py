@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from dense import LATENTS, ROWS, SETTINGS, D, loss
+from dense import LATENTS, PLAIN, ROWS, SETTINGS, D, loss
 
 from assay.dictionaries.dictionary import Site
 from assay.dictionaries.families.family import Selected
@@ -47,7 +47,7 @@ def shut(name: str, **more):
 
 def compared(name: str, path: str, extra, **more):
     """Closed-form gradients and autograd's of the family's loss plus an extra one, with which latents were dead."""
-    settings, state, x = shut(name, **more)
+    settings, state, x = shut(name, **PLAIN, **more)
     kernels = backend("cpu", path)
     weights = {n.rpartition(".")[2]: w.clone().requires_grad_() for n, w in state.weights()}
     before = loss(weights, x, x, settings, state.step, state.centred)

@@ -72,6 +72,7 @@ class Moment:
         kernels: The kernels in use.
         x: The rows read, `[rows, d_in]`.
         error: `y_hat - y`, `[rows, d_out]`.
+        shares: What a row's squared error counts in the loss, `[rows]`: `1 / B`, and less for an outlier.
         target: `y - b_dec`, `[rows, d_out]`.
         memory: A family's numbers that last from step to step (a running threshold, a power), float64 scalars.
     """
@@ -84,6 +85,7 @@ class Moment:
     kernels: Any
     x: Tensor
     error: Tensor
+    shares: Tensor
     target: Tensor
     memory: dict[str, Tensor]
 
@@ -124,8 +126,8 @@ class Family(Protocol):
     unit_norm: bool
     """Whether decoder rows are kept at length 1."""
 
-    def begin(self, part: Part, settings: Training) -> None:
-        """Add the family's own weights to a fresh part."""
+    def begin(self, part: Part, settings: Training, x: Tensor) -> None:
+        """Add the family's own weights to a fresh part, which will read rows like these."""
 
     def select(self, part: Part, bias: Tensor, now: Moment) -> Selected:
         """The pairs of a batch, for the encoder's bias with the centring folded in."""

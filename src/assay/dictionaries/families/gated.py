@@ -28,7 +28,7 @@ class GatedFamily:
 
     unit_norm = True
 
-    def begin(self, part: Part, settings: Training) -> None:
+    def begin(self, part: Part, settings: Training, x: Tensor) -> None:
         """Magnitudes that equal the gate's pre-activation at first."""
         part.own["log_gain"] = torch.zeros_like(part.b_enc)
         part.own["offset"] = torch.zeros_like(part.b_enc)
@@ -52,7 +52,7 @@ class GatedFamily:
             offsets=pairs.offsets, latents=pairs.latents, values=h - pairs.values, n_latents=pairs.n_latents
         )
         alone = now.kernels.decode(other, part.W_dec, torch.zeros_like(part.W_dec[0])).add_(now.error)
-        through_gate = now.kernels.slopes(pairs, alone.mul_(2 / now.rows), part.W_dec)
+        through_gate = now.kernels.slopes(pairs, alone.mul_(2 * now.shares[:, None]), part.W_dec)
         cost = now.weight / now.rows
         return Asked(
             slopes=gain * dm + through_gate + cost,

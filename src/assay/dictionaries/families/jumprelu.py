@@ -15,6 +15,7 @@ Sources: Rajamanoharan et al. 2024 (arXiv 2407.14435), section 3 and appendix; A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -25,6 +26,10 @@ from assay.dictionaries.families.family import Asked, Moment, Part, Selected, pe
 from assay.dictionaries.latents import SparseLatents
 from assay.dictionaries.settings import Training
 
+_THRESHOLD = 0.01
+_TOO_MANY = 4.0
+"""How many times its target the number of active latents is at first."""
+_AT_ONCE = 2048
 _SLOPE = 4.0
 """How fast the tanh penalty saturates."""
 
@@ -34,9 +39,22 @@ class JumpReLUFamily:
 
     unit_norm = False
 
-    def begin(self, part: Part, settings: Training) -> None:
-        """Thresholds, all equal at first."""
-        part.own["threshold"] = torch.full_like(part.b_enc, settings.threshold)
+    def begin(self, part: Part, settings: Training, x: Tensor) -> None:
+        """Thresholds: one number for all, or, on the way to a target, where each latent is active a little too often.
+
+        Then `ceil(4 n target / latents)` of the `n` rows are above a latent's threshold, which lies halfway to the next
+        (and one row at least is below): a run that starts with half the latents active spends its steps on closing
+        them.
+        """
+        if settings.threshold is not None or settings.penalty != "target":
+            start = _THRESHOLD if settings.threshold is None else settings.threshold
+            part.own["threshold"] = torch.full_like(part.b_enc, start)
+            return
+        above = min(len(x) - 1, math.ceil(len(x) * _TOO_MANY * settings.target_l0 / settings.latents))
+        blocks = torch.split(torch.arange(part.n_latents), _AT_ONCE)
+        h = (torch.addmm(part.b_enc[block], x, part.W_enc[block].T) for block in blocks)
+        found = [block.topk(above + 1, dim=0).values[-2:].mean(0) for block in h]
+        part.own["threshold"] = torch.cat(found).clamp_min_(0)
 
     def select(self, part: Part, bias: Tensor, now: Moment) -> Selected:
         """Every latent above its threshold's window; those below the threshold itself have z = 0."""

@@ -30,7 +30,7 @@ class L1Family:
 
     unit_norm = True
 
-    def begin(self, part: Part, settings: Training) -> None:
+    def begin(self, part: Part, settings: Training, x: Tensor) -> None:
         """Nothing of its own."""
 
     def select(self, part: Part, bias: Tensor, now: Moment) -> Selected:

@@ -28,7 +28,7 @@ class TopKFamily:
 
     unit_norm = True
 
-    def begin(self, part: Part, settings: Training) -> None:
+    def begin(self, part: Part, settings: Training, x: Tensor) -> None:
         """Nothing of its own."""
 
     def select(self, part: Part, bias: Tensor, now: Moment) -> Selected:

@@ -59,6 +59,13 @@ def begin(
     scale_in, scale_out = _scales(x, reads), _scales(y, writes)
     d_in, d_out = x.shape[1], y.shape[1]
     tied = tuple(reads) == tuple(writes)
+    centred = settings.centred if settings.centred is not None else tied and not cross_layer
+    if centred and (not tied or cross_layer):
+        raise SpecError(
+            "the decoder's bias cannot be subtracted from an input of another site; leave centred out", "centred"
+        )
+    b_dec = centre(y * scale_out, settings.bias)
+    seen = x * scale_in - (b_dec if centred else 0)
     parts = []
     for index in range(len(reads) if cross_layer else 1):
         rows, columns, widths = slice(0, d_in), slice(0, d_out), tuple(site.width for site in writes)
@@ -67,15 +74,12 @@ def begin(
                 raise SpecError("a cross-layer transcoder reads and writes as many sites, all of one width")
             rows = slice(index * reads[0].width, (index + 1) * reads[0].width)
             columns, widths = slice(index * writes[0].width, d_out), widths[index:]
-        parts.append(_part(settings, index, rows, columns, widths, tied, mesh.share(settings.latents)))
-    centred = settings.centred if settings.centred is not None else tied and not cross_layer
-    if centred and (not tied or cross_layer):
-        raise SpecError(
-            "the decoder's bias cannot be subtracted from an input of another site; leave centred out", "centred"
-        )
+        part = _part(settings, index, rows, columns, widths, tied, mesh.share(settings.latents))
+        FAMILIES[settings.family].begin(part, settings, seen[:, rows])
+        parts.append(part)
     return State(
         parts=parts,
-        b_dec=centre(y * scale_out, settings.bias),
+        b_dec=b_dec,
         W_skip=torch.zeros(d_out, d_in) if settings.skip else None,
         scale_in=scale_in,
         scale_out=scale_out,
@@ -96,7 +100,7 @@ def _part(
         encoder = decoder.clone()
     else:
         encoder = torch.nn.functional.normalize(torch.randn(settings.latents, d_in, generator=stream), dim=1)
-    part = Part(
+    return Part(
         W_enc=encoder[share].clone(),
         b_enc=torch.zeros(share.stop - share.start),
         W_dec=decoder[share].clone(),
@@ -104,8 +108,6 @@ def _part(
         writes=writes,
         widths=widths,
     )
-    FAMILIES[settings.family].begin(part, settings)
-    return part
 
 
 def _scales(rows: Tensor, sites: Sequence[Site]) -> Tensor:

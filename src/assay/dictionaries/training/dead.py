@@ -25,6 +25,7 @@ from assay.dictionaries.latents import SparseLatents
 from assay.dictionaries.settings import Training
 from assay.dictionaries.training.mesh import Mesh
 from assay.dictionaries.training.state import State
+from assay.dictionaries.training.weights import row_weights
 
 _TINY = 1e-30
 _ALONE = Mesh()
@@ -56,7 +57,7 @@ class Auxiliary:
     Attributes:
         pairs: Dead latents and their activations.
         slopes: `dLoss / dh` of each.
-        errors: `(2 c / B)(e_hat - e)`, `[rows, d_out]`.
+        errors: `(2 c w_b / B)(e_hat - e)`, `[rows, d_out]`.
     """
 
     pairs: SparseLatents
@@ -87,7 +88,7 @@ def count(state: State, settings: Training, selected: Sequence[Selected], mesh: 
 def auxiliary(part: Part, bias: Tensor, dead: Bool[Tensor, " latent"], now: Moment) -> Auxiliary | None:
     """The loss by which dead latents learn what the living leave over.
 
-        e = y - y_hat        L_aux = c mean_b |e_hat - e|^2        c = aux * mean |y - mean|^2 / mean |e - mean|^2
+        e = y - y_hat        L_aux = c mean_b w_b |e_hat - e|^2        c = aux * mean |y - mean|^2 / mean |e - mean|^2
 
     where `e_hat` decodes the `min(d / 2, dead)` largest dead latents of each row, without the decoder's bias, and `c`
     and `e` are constants: both losses count as shares of what they are to explain. A latent whose h is
@@ -108,7 +109,7 @@ def auxiliary(part: Part, bias: Tensor, dead: Bool[Tensor, " latent"], now: Mome
     guess = now.kernels.decode(pairs, part.W_dec, torch.zeros_like(part.W_dec[0]))
     left, target = -now.error, now.target
     spread = variance(target, now.mesh) / max(variance(left, now.mesh), _TINY)
-    errors = (guess - left).mul_(2 * now.settings.aux * spread / now.rows)
+    errors = (guess - left).mul_(2 * now.settings.aux * spread * now.shares[:, None])
     return Auxiliary(pairs=pairs, slopes=now.kernels.slopes(pairs, errors, part.W_dec), errors=errors)
 
 
@@ -123,7 +124,7 @@ def _selected(part: Part, bias: Tensor, which: Tensor, k: int, now: Moment) -> S
 def ghost(part: Part, bias: Tensor, shift: Tensor | None, dead: Bool[Tensor, " latent"], now: Moment) -> Extra | None:
     """Ghost gradients: `exp(h)` of every dead latent points at the residual.
 
-        g_b = sum_dead exp(h) W_dec[f]        s_b = |e_b| / (2 |g_b|)        L = kappa mean_b |s_b g_b - e_b|^2
+        g_b = sum_dead exp(h) W_dec[f]        s_b = |e_b| / (2 |g_b|)        L = kappa mean_b w_b |s_b g_b - e_b|^2
 
     with `s`, `e` and `kappa` constants; `kappa` makes the loss as large as the reconstruction's, and for "ghost-scaled"
     is multiplied by the share of latents that are dead.
@@ -136,11 +137,11 @@ def ghost(part: Part, bias: Tensor, shift: Tensor | None, dead: Bool[Tensor, " l
     written, left = active @ decoder, -now.error
     scale = left.norm(dim=1, keepdim=True) / (2 * written.norm(dim=1, keepdim=True) + 1e-6)
     miss = scale * written - left
-    kappa = now.mesh.number_over_data(float(left.square().sum()))
-    kappa /= max(now.mesh.number_over_data(float(miss.square().sum())), _TINY)
+    kappa = now.mesh.number_over_data(float(now.shares @ left.square().sum(1)))
+    kappa /= max(now.mesh.number_over_data(float(now.shares @ miss.square().sum(1))), _TINY)
     if now.settings.dead == "ghost-scaled":
         kappa *= len(which) / part.n_latents
-    errors = miss * scale * (2 * kappa / now.rows)
+    errors = miss * scale * (2 * kappa * now.shares[:, None])
     slopes = (errors @ decoder.T) * active
     rows = now.x if shift is None else now.x - shift
     return Extra(latents=which, W_enc=slopes.T @ rows, b_enc=slopes.sum(0), W_dec=active.T @ errors)
@@ -155,10 +156,11 @@ def resample(
 ) -> int:
     """Start dead latents again from badly reconstructed rows; returns how many of this process's.
 
-    Rows are drawn with probability proportional to the square of their squared error. A latent's decoder row becomes
-    the row's error, and its encoder row the centred row, at 0.2 of the living encoder rows' mean length; its bias is 0,
-    and a threshold or gain of its own and its moments start again; what is frozen stays. (The decoder points at the
-    error, since what is already explained needs no latent; an SAE's published form takes the row itself for both.)
+    Rows are drawn with probability proportional to the square of their squared error, as it counts in the loss. A
+    latent's decoder row becomes the row's error, and its encoder row the centred row, at 0.2 of the living encoder
+    rows' mean length; its bias is 0, and a threshold or gain of its own and its moments start again; what is frozen
+    stays. (The decoder points at the error, since what is already explained needs no latent; an SAE's published form
+    takes the row itself for both.)
 
     Args:
         state: Changed in place.
@@ -168,9 +170,10 @@ def resample(
         mesh: Where this process is: rows are drawn from all processes', and each gets the same for the same latent.
     """
     total = 0
-    losses = error.double().square().sum(1).cpu()
+    losses = (row_weights(settings, x, error, mesh) * error.square().sum(1)).double().cpu()
     weights = torch.cat(mesh.gathered(losses, along="all")[:: mesh.latent]).square()
     first = mesh.data_index * len(x)
+    batch = torch.cat(mesh.gathered(x, along="all")[:: mesh.latent])
     for index, (part, silent) in enumerate(zip(state.parts, state.silent, strict=True)):
         which = (silent >= settings.dead_after).nonzero()[:, 0]
         counts = [int(n) for n in mesh.gathered(torch.tensor([len(which)]), along="latent")]
@@ -193,17 +196,17 @@ def resample(
             part.b_enc[which] = 0
         if settings.frozen != "decoder":
             part.W_dec[which] = torch.nn.functional.normalize(outputs, dim=1)
-        _begin_again(state, settings, index, which)
+        _begin_again(state, settings, index, which, batch)
         silent[which] = 0
         total += len(which)
     return total
 
 
-def _begin_again(state: State, settings: Training, index: int, which: Tensor) -> None:
-    """A family's own weights as at the start, and no moments, for some latents of a part."""
+def _begin_again(state: State, settings: Training, index: int, which: Tensor, x: Tensor) -> None:
+    """A family's own weights as at the start, and no moments, for some latents of a part that reads rows like `x`."""
     part = state.parts[index]
     fresh = Part(W_enc=part.W_enc[which], b_enc=part.b_enc[which], W_dec=part.W_dec[which])
-    FAMILIES[settings.family].begin(fresh, settings)
+    FAMILIES[settings.family].begin(fresh, settings, (x - state.b_dec if state.centred else x)[:, part.reads])
     for name, weight in part.own.items():
         weight[which] = fresh.own[name]
     for name in ("W_enc", "b_enc", "W_dec", *part.own):

@@ -1,6 +1,9 @@
 """One training step, in closed form over the selected pairs: forward, gradients, and what applies them.
 
-    y_hat = sum_parts z W_dec + b_dec + W_skip x        L = mean_b |y_hat - y|^2 + the family's penalty
+    y_hat = sum_parts z W_dec + b_dec + W_skip x        L = mean_b w_b |y_hat - y|^2 + the family's penalty
+
+The weights `w` hold outliers back (`training.weights`). With `relative` the gradients are those of `d log L`: all are
+divided by `L / d`, a number.
 
 Of nested groups (Matryoshka) the loss is the mean over the prefixes `1..g` of their own reconstructions. A latent of
 group `g` is in the prefixes from `g` on, so its gradients see the sum of their errors: the errors are stacked, group
@@ -26,8 +29,10 @@ from assay.dictionaries.settings import Training
 from assay.dictionaries.training.dead import Extra, auxiliary, count, ghost, variance
 from assay.dictionaries.training.mesh import Mesh
 from assay.dictionaries.training.state import State
+from assay.dictionaries.training.weights import row_weights
 
 _ALONE = Mesh()
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +120,10 @@ def forward_backward(
         biases.append(bias)
         selected.append(family.select(part, bias, now))
     R, error, squared, dz = _errors(state, settings, kernels, mesh, selected, x, y)
+    weights = row_weights(settings, x, error, mesh)
+    if bool((weights < 1).any()):
+        R *= weights.repeat(len(R) // len(x))[:, None]
+        dz = None if dz is None else dz * weights[selected[0].pairs.rows]
     if not squared < float("inf"):
         raise NumericalError(
             f"the loss is {squared} at step {state.step + 1}: the rate {settings.rate_at(state.step):.2g} is too high, "
@@ -123,7 +132,12 @@ def forward_backward(
     dead = count(state, settings, selected, mesh)
     parts = []
     for index, part in enumerate(state.parts):
-        now = replace(moments[index], error=error[:, part.writes], target=y[:, part.writes] - state.b_dec[part.writes])
+        now = replace(
+            moments[index],
+            error=error[:, part.writes],
+            shares=weights / moments[index].rows,
+            target=y[:, part.writes] - state.b_dec[part.writes],
+        )
         errors = R[:, part.writes].contiguous()
         chosen = _stacked_pairs(selected[index], settings)
         asked = family.ask(part, chosen, kernels.slopes(chosen.pairs, errors, part.W_dec) if dz is None else dz, now)
@@ -143,7 +157,21 @@ def forward_backward(
         dead=mesh.number(float(sum(int(d.count_nonzero()) for d in dead))) / mesh.number(float(sum(map(len, dead)))),
         penalty=mesh.number(sum(gradient.asked.penalty for gradient in parts)),
     )
+    if settings.relative:
+        counted = mesh.number_over_data(float(weights @ error.square().sum(1))) / (len(x) * mesh.data)
+        _divide(gradients, max(counted + report.penalty, _TINY) / y.shape[1])
     return gradients, report, error
+
+
+def _divide(gradients: Gradients, by: float) -> None:
+    """Divide everything, in place: with the loss per column, these are the gradients of `d log L`."""
+    for part in gradients.parts:
+        extra = () if part.extra is None else (part.extra.W_enc, part.extra.b_enc, part.extra.W_dec)
+        pull = () if part.asked.pull is None else (part.asked.pull,)
+        for tensor in (part.slopes, part.errors, *pull, *part.asked.own.values(), *extra):
+            tensor /= by
+    for tensor in (gradients.b_dec, *(() if gradients.W_skip is None else (gradients.W_skip,))):
+        tensor /= by
 
 
 def apply(state: State, settings: Training, kernels: Any, gradients: Gradients, mesh: Mesh = _ALONE) -> None:
@@ -199,7 +227,8 @@ def _moment(state: State, settings: Training, kernels: Any, mesh: Mesh, x: Tenso
         weight=settings.sparsity_at(state.step),
         kernels=kernels,
         x=x.contiguous(),
-        error=y,  # replaced once there is a reconstruction
+        error=y,  # this and the next two are replaced once there is a reconstruction
+        shares=x.new_zeros(0),
         target=y,
         memory=state.memory,
     )

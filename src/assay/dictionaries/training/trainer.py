@@ -124,7 +124,6 @@ class Trainer:
                 model=self.model,
                 family=settings.family,
                 centred=state.centred,
-                mean_norm=self.mean_norm,
                 training={"settings": settings.model_dump(mode="json"), "steps": state.step},
             )
             made = Dictionary(
@@ -136,7 +135,8 @@ class Trainer:
                 card=card,
                 W_skip=None if state.W_skip is None else state.W_skip.clone(),
             )
-            layers.append(made.folded(state.scale_in[part.reads], state.scale_out[part.writes]))
+            made = made.folded(state.scale_in[part.reads], state.scale_out[part.writes])
+            layers.append(replace(made, card=replace(made.card, mean_norm=self.mean_norm)))
         return CrossLayer(layers=tuple(layers)) if self.cross_layer else layers[0]
 
     def arrays(self) -> dict[str, np.ndarray]:

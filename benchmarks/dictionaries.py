@@ -7,8 +7,8 @@ The unit, one "gemm", is one float32 product [2048 x 576] x [576 x F], timed bet
 thread, thread CPU time, the least of the repeats; k = 32. Each peer runs in an environment of its own, made by pip the
 first time, with the step its own trainer takes (optimiser, clipping, dead-latent counting). assay's step is everything
 its trainer does: scaling, selection, decoding, gradients, Adam, unit decoder rows, counters and curves. Families
-without a k (jumprelu, l1) begin with thresholds or biases at which 32 latents a row are active in assay; peers begin as they begin,
-and their cost does not depend on it.
+without a k (jumprelu, l1) begin with thresholds or biases at which 32 latents a row are active in assay; peers begin
+as they begin, and their cost does not depend on it.
 
 Rows are sums of 32 of 2F random directions and noise. The reservoir has its own script, benchmarks/reservoir.py.
 """

@@ -60,8 +60,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Each family as it does well on rows of four features; what all share is in `features`."""
 SHARED: dict[str, Any] = {"latents": 320, "steps": 4000, "batch": 256, "lr": 3e-3, "dead_after": 50_000}
 SHARED |= {"resample_every": 250}
-STRENGTHS = {("sae-lens", "jumprelu"): (0.3, 1.0, 3.0)}
-"""Weights to try where a library cannot be asked for an L0."""
+VARIANTS: dict[tuple[str, str], tuple[dict[str, float], ...]] = {
+    ("assay", "jumprelu"): ({}, {"threshold": 0.01}),
+    ("sae-lens", "jumprelu"): ({"strength": 1.0}, {"strength": 3.0}),
+}
+"""What else to try: weights where a library cannot be asked for an L0, and thresholds that start where peers' do."""
 
 
 def features(seeds: int) -> None:
@@ -153,13 +156,13 @@ def plan(options: argparse.Namespace, libraries: list[str]) -> list[dict[str, An
     """Every training run, one seed of all before the next."""
     return [
         {
-            "library": library, "family": family, "strength": strength, "seed": seed, "latents": options.latents,
-            "k": options.k, "steps": options.steps, "batch": BATCH, "lr": options.lr,
+            "library": library, "family": family, "seed": seed, "latents": options.latents, "k": options.k,
+            "steps": options.steps, "batch": BATCH, "lr": options.lr, **variant,
         }
         for seed in range(options.seeds)
         for library in libraries
         for family in options.families
-        for strength in STRENGTHS.get((library, family), (0.0,))
+        for variant in VARIANTS.get((library, family), ({},))
     ]  # fmt: skip
 
 
@@ -171,19 +174,19 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(f"lr {options.lr}\n")
     print("| family | library | seeds | L0 | FVE | CE recovered (mean) | CE recovered (zero) | dead | CPU seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
-    table: dict[tuple[str, str, float], list[dict[str, float]]] = defaultdict(list)
+    table: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for run in found:
         asked = run["asked"]
         if all(asked[name] == getattr(options, name) for name in ("latents", "k", "steps", "lr")):
-            table[asked["family"], asked["library"], asked["strength"]].append(run["worth"])
-    for (family, library, strength), runs in sorted(table.items()):
+            more = "".join(f", {name} {asked[name]:g}" for name in ("strength", "threshold") if name in asked)
+            table[asked["family"], asked["library"] + more].append(run["worth"])
+    for (family, who), runs in sorted(table.items()):
         cells = []
         for name in ("l0", "fve", "ce", "ce_zero", "dead", "seconds"):
             values = np.asarray([run[name] for run in runs])
             digits = 1 if name in ("l0", "seconds") else 3
             spread = f" ({values.min():.{digits}f}, {values.max():.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}")
-        who = f"{library}, weight {strength:g}" if strength else library
         print(f"| {family} | {who} | {len(runs)} | " + " | ".join(cells) + " |")
 
 

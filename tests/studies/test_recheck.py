@@ -53,6 +53,9 @@ def test_data_that_changed_is_refused(model_folder: Path, tmp_path: Path) -> Non
     weights.write_text(json.dumps([2.0] * 8))
     with pytest.raises(SpecError, match=r"has changed since: weights"):
         recheck(tmp_path / "o")
+    weights.unlink()
+    with pytest.raises(SpecError, match=r"^weights: there is no .* check it from that folder"):
+        recheck(tmp_path / "o")
 
 
 def test_other_weights_are_refused(result: Path) -> None:

@@ -60,8 +60,8 @@ def recheck(
         One pair a finding, in the order of the saved ones.
 
     Raises:
-        SpecError: There is no such result, a file that it was computed from has changed, the weights are others, or
-            this version of the method makes other findings.
+        SpecError: There is no such result, a file that it was computed from has gone or changed, the weights are
+            others, or this version of the method makes other findings.
     """
     about, saved = _read(user_path(path))
     study = Study(**{**about["study"], **({"model": model} if model else {})})
@@ -106,8 +106,15 @@ def _read(path: Path) -> tuple[Mapping[str, Any], list[Finding]]:
 
 def _same_data(study: Study, saved: list[Finding]) -> None:
     """Refuse a study whose files are not what they were when its findings were made."""
+    named = [(name, path) for name in files_of(study.spec) if (path := getattr(study.spec, name))]
+    for name, path in named:
+        if not Path(path).exists():
+            raise SpecError(
+                f"{name}: there is no {str(path)!r} here: a result names its files as they lay from the folder where "
+                "the study was run; check it from that folder",
+                name,
+            )
     recorded = {finding.provenance.spec_hash for finding in saved if finding.provenance.spec_hash}
     if recorded and digest(study.identity()) not in recorded:
-        named = [(name, getattr(study.spec, name)) for name in files_of(study.spec)]
-        given = ", ".join(f"{name} ({path})" for name, path in named if path)
+        given = ", ".join(f"{name} ({path})" for name, path in named)
         raise SpecError(f"what the result was computed from has changed since: {given or 'its spec'}", "path")

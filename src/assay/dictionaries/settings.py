@@ -79,7 +79,7 @@ class Training(BaseModel):
     outliers: float | None = Field(
         default=10.0,
         gt=0,
-        description="How many times as hard as the usual row an outlier may pull; null for no bound.",
+        description="How many times as hard as the usual row an outlier may pull; None for no bound.",
     )
     clip: float | None = Field(default=None, gt=0, description="Largest norm of a step's gradient; slower where given.")
     centred: bool | None = Field(

@@ -34,7 +34,10 @@ from assay.base.artifacts import home
 
 WORKER = Path(__file__).parent / "peers" / "dictionary_worker.py"
 LIBRARIES = ("assay", "sae-lens", "dictionary-learning", "eai-sparsify")
-TARGETS = {"topk": (1.9, 1.4), "batchtopk": (2.2, 1.6), "jumprelu": (3.0, 2.5), "l1": (3.0, 2.5)}
+TARGETS = {
+    4608: {"topk": 1.9, "batchtopk": 2.2, "jumprelu": 3.0, "l1": 3.0},
+    18432: {"topk": 1.4, "batchtopk": 1.6, "jumprelu": 2.5, "l1": 2.5},
+}
 ROWS, WIDTH, ACTIVE = 2048, 576, 32
 
 
@@ -71,7 +74,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", type=int, nargs="+", default=[4608, 18432])
-    parser.add_argument("--families", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--families", nargs="+", default=list(TARGETS[4608]), choices=list(TARGETS[4608]))
     parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--venvs", type=Path, default=home() / "peers")
@@ -99,7 +102,7 @@ def main() -> None:
                         cells.append(found)
                     else:
                         cells.append(f"{found['gemms']:.2f} ({found['tokens_per_second']:,.0f})")
-                target = TARGETS[family][options.latents.index(latents) if len(options.latents) == 2 else 0]
+                target = TARGETS.get(latents, {}).get(family, "-")
                 print(f"| {family} | {latents} | {target} | " + " | ".join(cells) + " |", flush=True)
 
 

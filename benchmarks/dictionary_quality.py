@@ -61,10 +61,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SHARED: dict[str, Any] = {"latents": 320, "steps": 4000, "batch": 256, "lr": 3e-3, "dead_after": 50_000}
 SHARED |= {"resample_every": 250}
 VARIANTS: dict[tuple[str, str], tuple[dict[str, float], ...]] = {
-    ("assay", "jumprelu"): ({}, {"threshold": 0.01}),
+    ("assay", "jumprelu"): ({}, {"threshold": 0.01}, {"target_l0": 140.0}),
     ("sae-lens", "jumprelu"): ({"strength": 1.0}, {"strength": 3.0}),
 }
-"""What else to try: weights where a library cannot be asked for an L0, and thresholds that start where peers' do."""
+"""What else to try: weights where a library cannot be asked for an L0, thresholds that start where peers' do, and a
+target at which assay has about as many active as a peer that did not reach `k`."""
 
 
 def features(seeds: int) -> None:
@@ -178,7 +179,9 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for run in found:
         asked = run["asked"]
         if all(asked[name] == getattr(options, name) for name in ("latents", "k", "steps", "lr")):
-            more = "".join(f", {name} {asked[name]:g}" for name in ("strength", "threshold") if name in asked)
+            more = "".join(
+                f", {name} {asked[name]:g}" for name in ("strength", "threshold", "target_l0") if name in asked
+            )
             table[asked["family"], asked["library"] + more].append(run["worth"])
     for (family, who), runs in sorted(table.items()):
         cells = []

@@ -40,6 +40,7 @@ class Asked:
         k: Active latents, where the family is told.
         strength: The sparsity penalty's weight, where it has one; 0 for the library's own.
         threshold: Where JumpReLU's thresholds start in assay; None for its own choice.
+        target_l0: What a JumpReLU of assay is to reach; None for `k`.
         steps: Steps of the whole run.
         lr: The rate at its highest.
         seed: Of the first weights.
@@ -52,6 +53,7 @@ class Asked:
     k: int
     strength: float = 0.0
     threshold: float | None = None
+    target_l0: float | None = None
     steps: int = 10_000
     lr: float = 3e-4
     seed: int = 0
@@ -177,7 +179,7 @@ def assay(asked: Asked) -> tuple[Step, Save]:
 
     own = {"k": asked.k} if asked.family in ("topk", "batchtopk") else {}
     if asked.family == "jumprelu":
-        own = {"penalty": "target", "target_l0": float(asked.k), "threshold": asked.threshold}
+        own = {"penalty": "target", "target_l0": asked.target_l0 or float(asked.k), "threshold": asked.threshold}
     if asked.strength:
         own["sparsity"] = asked.strength
     settings = Training(

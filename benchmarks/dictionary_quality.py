@@ -117,14 +117,16 @@ def model(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         path, scale, held = rows_of(store, folder)
+        data = str(store.describe()["shards"])
         ids, left = texts_of(store), {"leave_first": int(store.parts[0][1].request["filter"]["skip_first"])}
-        for asked in plan(options, list(pythons)):
+        for asked in plan(options, list(pythons), data):
             if any(asked == run["asked"] for run in found):
                 continue
             out = folder / "trained"
             shutil.rmtree(out, ignore_errors=True)
-            request = json.dumps({**asked, "rows": str(path), "out": str(out), "site": store.sites[0]})
-            command = [str(pythons[asked["library"]]), str(WORKER), "train", request]
+            request = {name: value for name, value in asked.items() if name != "data"}
+            request |= {"rows": str(path), "out": str(out), "site": store.sites[0]}
+            command = [str(pythons[asked["library"]]), str(WORKER), "train", json.dumps(request)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == NOT_OFFERED:
                 continue
@@ -143,22 +145,28 @@ def model(options: argparse.Namespace) -> None:
             if options.results:
                 with options.results.open("a") as file:
                     file.write(json.dumps(found[-1]) + "\n")
-    report(found, options)
+    report([run for run in found if run["asked"]["data"] == data], options)
 
 
 def read(results: Path | None) -> list[dict[str, Any]]:
     """What earlier runs of this script measured."""
     if results is None or not results.exists():
         return []
-    return [json.loads(line) for line in results.read_text().splitlines()]
+    found = []
+    for line in results.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{results}: a line that was cut short is left out", file=sys.stderr)
+    return found
 
 
-def plan(options: argparse.Namespace, libraries: list[str]) -> list[dict[str, Any]]:
+def plan(options: argparse.Namespace, libraries: list[str], data: str) -> list[dict[str, Any]]:
     """Every training run, one seed of all before the next."""
     return [
         {
             "library": library, "family": family, "seed": seed, "latents": options.latents, "k": options.k,
-            "steps": options.steps, "batch": BATCH, "lr": options.lr, **variant,
+            "steps": options.steps, "batch": BATCH, "lr": options.lr, "data": data, **variant,
         }
         for seed in range(options.seeds)
         for library in libraries

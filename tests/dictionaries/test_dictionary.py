@@ -120,6 +120,9 @@ def test_factors_of_columns_and_of_what_is_written():
     assert known.folded(into, out).card.mean_norm is None, "columns have grown by different factors"
     with pytest.raises(SpecError, match="must be positive"):
         d.folded(0.0)
+    for wrong in (torch.ones(D + 1), torch.ones(0)):
+        with pytest.raises(SpecError, match="give one number"):
+            d.folded(wrong, out)
     with pytest.raises(SpecError, match="one factor"):
         made(centred=True).folded(2.0, 3.0)
     with pytest.raises(SpecError, match="normalised"):

@@ -281,7 +281,10 @@ class Dictionary:
         Raises:
             SpecError: A factor is not positive, rows are normalised one by one, or a centred dictionary is to have two.
         """
-        given = [torch.as_tensor(f) for f in (factor, factor if factor_out is None else factor_out)]
+        given = [torch.as_tensor(f).to(self.W_enc) for f in (factor, factor if factor_out is None else factor_out)]
+        for one, width in zip(given, (self.card.d_in, self.card.d_out), strict=True):
+            if one.ndim and tuple(one.shape) != (width,):
+                raise SpecError(f"a factor has shape {list(one.shape)}; give one number, or [{width}]", "factor")
         if not all(bool((torch.isfinite(f) & (f > 0)).all()) for f in given):
             raise SpecError(f"a factor of the input is {factor!r}; it must be positive", "factor")
         if self.card.normalisation != "none":

@@ -68,6 +68,16 @@ def test_a_study_trains_measures_and_says(folder, tmp_path):
     assert {view.id for view in findings.views} >= {"measured", "random", "curve-fvu", "density"}
     again = study(folder, "first").run()
     assert again.findings[0].estimate == explains.estimate
+    assert not any("rough" in said or "target" in said for said in findings.warnings)
+    with pytest.raises(SpecError, match="folder of a training run; its dictionary is"):
+        load(folder / "first")
+
+
+def test_a_missed_target_and_too_few_texts_are_said(folder):
+    asked = {"family": "jumprelu", "penalty": "target", "target_l0": 2.0, "k": 32, "steps": 10, "texts": 1000}
+    said = " ".join(study(folder, "missed", held_out=96, **asked).run().warnings)
+    assert "the target is 2: it is a penalty and no promise" in said
+    assert "whole texts are held out, and 1000 were asked for" in said and "it is rough" in said
 
 
 def test_a_lost_dictionary_is_trained_again_and_another_is_refused(folder):

@@ -176,6 +176,8 @@ def test_a_cross_layer_transcoder_writes_later_layers(family):
     made = trained.dictionary
     assert isinstance(made, CrossLayer) and made.layers[0].W_dec.shape[1] == 12
     rows = data.batch(299)
+    for layer, name in zip(made.layers, reads, strict=True):
+        assert layer.card.mean_norm == pytest.approx(float(data.batch(0)[name].norm(dim=1).mean()), rel=1e-4)
     out = made(torch.stack([rows[name] for name in reads], dim=1))
     target = torch.stack([rows[name] for name in writes], dim=1)
     error = (out - target).square().sum() / (target - target.mean(0)).square().sum()

@@ -102,6 +102,10 @@ def load(path: str | Path, format: str | None = None, **options: Any) -> Diction
         from assay.dictionaries.formats.format import read_pickle
 
         read_pickle(where)  # one that would run code, or is cut short, is refused as that
+    if (where / "dictionary").is_dir():
+        raise SpecError(
+            f"{str(path)!r} is the folder of a training run; its dictionary is {str(where / 'dictionary')!r}", "path"
+        )
     inside = ", ".join(sorted(p.name for p in where.iterdir())[:8]) if where.is_dir() else "a file"
     raise SpecError(
         f"{str(path)!r} is in no format known here (it holds: {inside or 'nothing'}); formats: {', '.join(_MODULES)}. "

@@ -23,6 +23,10 @@ _ARMS = {
     "random-tokens": "random tokens",
     "reinitialised": "redrawn weights",
 }
+_OFF_TARGET = 0.2
+"""How far, as a share of the target, L0 may end from it without a warning."""
+_FEW_TEXTS = 8
+"""Texts below which the bootstrap over them is called rough."""
 _SHARES = ("ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "kl_recovered_mean")
 
 
@@ -116,6 +120,17 @@ class Report:
             found.append(f"{float(self.rows['dead']):.0%} of the latents are never active on held-out rows.")
         if float(self.rows["dense"]) > 0.02:
             found.append(f"{float(self.rows['dense']):.1%} of the latents are active on more than a tenth of the rows.")
+        l0, target = float(self.rows["l0"]), self.spec.target_l0
+        if self.spec.family == "jumprelu" and self.spec.penalty == "target" and abs(l0 / target - 1) > _OFF_TARGET:
+            found.append(
+                f"{l0:.1f} latents are active and the target is {target:g}: it is a penalty and no promise; give more "
+                f"steps, or a sparsity above {self.spec.sparsity:g}."
+            )
+        texts = int(self.model["texts"])
+        if texts < self.spec.texts:
+            found.append(f"{texts} whole texts are held out, and {self.spec.texts} were asked for: hold out more rows.")
+        if texts < _FEW_TEXTS:
+            found.append(f"The interval of what the model recovers rests on {texts} texts: it is rough.")
         best = max(self.arms, key=lambda name: float(self.arms[name]["fve"]), default=None)
         if best is not None and float(self.arms[best]["fve"]) >= float(self.rows["fve"]):
             found.append(

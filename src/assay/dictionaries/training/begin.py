@@ -75,7 +75,7 @@ def begin(
             rows = slice(index * reads[0].width, (index + 1) * reads[0].width)
             columns, widths = slice(index * writes[0].width, d_out), widths[index:]
         part = _part(settings, index, rows, columns, widths, tied, mesh.share(settings.latents))
-        FAMILIES[settings.family].begin(part, settings, seen[:, rows])
+        FAMILIES[settings.family].begin(part, settings, seen[:, rows].to(part.W_enc))
         parts.append(part)
     return State(
         parts=parts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -136,7 +137,10 @@ class Trainer:
                 W_skip=None if state.W_skip is None else state.W_skip.clone(),
             )
             made = made.folded(state.scale_in[part.reads], state.scale_out[part.writes])
-            layers.append(replace(made, card=replace(made.card, mean_norm=self.mean_norm)))
+            mean = self.mean_norm
+            if self.cross_layer:  # a layer's card is of its own site, whose rows were scaled to the root of its width
+                mean = math.sqrt(made.card.d_in) / float(state.scale_in[part.reads][0])
+            layers.append(replace(made, card=replace(made.card, mean_norm=mean)))
         return CrossLayer(layers=tuple(layers)) if self.cross_layer else layers[0]
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -145,7 +145,7 @@ def model(options: argparse.Namespace) -> None:
             if options.results:
                 with options.results.open("a") as file:
                     file.write(json.dumps(found[-1]) + "\n")
-    report([run for run in found if run["asked"]["data"] == data], options)
+    report([run for run in found if run["asked"].get("data") == data], options)
 
 
 def read(results: Path | None) -> list[dict[str, Any]]:

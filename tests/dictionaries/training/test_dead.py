@@ -18,6 +18,7 @@ from assay.dictionaries.training.dead import count, resample
 from assay.dictionaries.training.mesh import Mesh
 from assay.dictionaries.training.step import dense_gradients, forward_backward
 from assay.dictionaries.training.trainer import Trainer
+from assay.dictionaries.training.weights import row_weights
 from assay.zoo.features import SITE, Features
 
 SITES = (Site(SITE, D),)
@@ -45,16 +46,19 @@ def shut(name: str, **more):
     return settings, state, x * state.scale_in
 
 
-def compared(name: str, path: str, extra, **more):
+def compared(name: str, path: str, extra, longer: float = 1.0, **more):
     """Closed-form gradients and autograd's of the family's loss plus an extra one, with which latents were dead."""
-    settings, state, x = shut(name, **PLAIN, **more)
+    settings, state, x = shut(name, **(PLAIN | more))
+    x[[5, 40]] *= longer
     kernels = backend("cpu", path)
     weights = {n.rpartition(".")[2]: w.clone().requires_grad_() for n, w in state.weights()}
-    before = loss(weights, x, x, settings, state.step, state.centred)
     gradients, _, error = forward_backward(state, settings, kernels, x, x)
     dead = state.silent[0] >= settings.dead_after
     assert 2 < int(dead.sum()) < LATENTS
-    (before + extra(weights, x, -error, dead, settings)).backward()
+    held = row_weights(settings, x, error, Mesh())
+    assert bool((held < 0.05).any()) == (longer > 1)
+    before = loss(weights, x, x, settings, state.step, state.centred, held=held)
+    (before + extra(weights, x, -error, dead, settings, held)).backward()
     found = dense_gradients(state, settings, kernels, gradients)
     for weight_name, tensor in found.items():
         wanted = weights[weight_name.rpartition(".")[2]].grad
@@ -62,21 +66,21 @@ def compared(name: str, path: str, extra, **more):
     return found, dead
 
 
-def auxiliary_loss(weights, x, left, dead, settings):
+def auxiliary_loss(weights, x, left, dead, settings, held):
     h = ((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"])[:, dead]
     top = h.topk(min(D // 2, int(dead.sum())), dim=1)
     z = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
     guess = z @ weights["W_dec"][dead]
     spread = (x - x.mean(0)).square().sum() / (left - left.mean(0)).square().sum()
-    return settings.aux * spread * (guess - left).square().sum() / len(x)
+    return settings.aux * spread * (held @ (guess - left).square().sum(1)) / len(x)
 
 
-def ghost_loss(weights, x, left, dead, settings):
+def ghost_loss(weights, x, left, dead, settings, held):
     active = (((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"])[:, dead]).exp()
     written = active @ weights["W_dec"][dead]
     scale = (left.norm(dim=1, keepdim=True) / (2 * written.norm(dim=1, keepdim=True) + 1e-6)).detach()
-    miss = (scale * written - left).square().sum() / len(x)
-    main = left.square().sum() / len(x)
+    miss = held @ (scale * written - left).square().sum(1) / len(x)
+    main = held @ left.square().sum(1) / len(x)
     share = dead.float().mean() if settings.dead == "ghost-scaled" else 1.0
     return miss * (main / miss).detach() * share
 
@@ -93,6 +97,27 @@ def test_gradients_of_the_auxiliary_loss_are_autograds(name, path):
 @pytest.mark.parametrize("name", GHOST)
 def test_ghost_gradients_are_autograds(name, dead, path):
     compared(name, path, ghost_loss, dead=dead)
+
+
+@pytest.mark.parametrize(("name", "dead"), [("topk", "aux"), ("gated", "aux"), ("l1", "ghost"), ("p-anneal", "ghost")])
+def test_the_remedies_hold_outliers_back_too(name, dead):
+    extra = auxiliary_loss if dead == "aux" else ghost_loss
+    compared(name, "plain", extra, longer=30.0, outliers=2.0, dead=dead)
+
+
+def test_dead_latents_do_not_all_start_again_from_one_outlier():
+    def chosen(**more):
+        settings, state, x = shut("l1", dead="resample", **more)
+        x[5] *= 300.0
+        error = 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+        error[5] *= 300.0
+        which = state.silent[0] >= 0
+        state.silent[0][:] = settings.dead_after
+        resample(state, settings, x, error)
+        outlier = torch.nn.functional.normalize(-error[5], dim=0)
+        return float(((state.parts[0].W_dec[which] @ outlier) > 0.999).float().mean())
+
+    assert chosen(outliers=None) == 1.0 and chosen(outliers=1.0) < 0.2
 
 
 def test_scaled_ghost_gradients_are_the_published_ones_times_the_dead_share():

@@ -34,8 +34,8 @@ def row_weights(
     """
     if settings.outliers is None:
         return x.new_ones(len(x))
-    lengths = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (x, error))
-    asks = math.prod(lengths)
+    length, miss = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (x, error))
+    asks = length * miss
     everywhere = torch.cat(mesh.gathered(asks.cpu(), along="all")[:: mesh.latent])
     usual = float(everywhere.kthvalue(math.ceil(0.75 * len(everywhere))).values)
     if not usual:
